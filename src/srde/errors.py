@@ -1,0 +1,63 @@
+"""Every error that srde raises on purpose.
+
+    SrdeError
+    ├── ConfigError            (also ValueError)    a setting breaks its rule
+    ├── UnsupportedModelError  (also ValueError)    no MLP of this model can carry experts
+    ├── DataError              (also ValueError)    a data file or a row breaks its rule
+    ├── ArtifactError          (also RuntimeError)  a saved folder is incomplete, altered or for another base
+    └── UsageError             (also RuntimeError)  a call that cannot mean anything in this state
+
+A message names the thing, its value, the rule it breaks and what to do about it. The headings of
+`docs/troubleshooting.md` are these messages; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+
+class SrdeError(Exception):
+    """Base of all errors that srde raises on purpose."""
+
+    @classmethod
+    def of(cls, thing: str, value: object, *, rule: str, fix: str) -> SrdeError:
+        """Builds the error with the house's message: ``thing=value: rule. fix.``
+
+        Args:
+            thing: What is wrong: a field, a file, a tensor.
+            value: The offending value; shown with `repr`.
+            rule: The rule it breaks, as a clause without a full stop.
+            fix: What the reader can do, as a sentence without a full stop.
+        """
+        return cls(f"{thing}={value!r}: {rule}. {fix}.")
+
+
+class ConfigError(SrdeError, ValueError):
+    """A setting breaks its rule."""
+
+
+class UnsupportedModelError(SrdeError, ValueError):
+    """No MLP of the model can carry experts."""
+
+
+class DataError(SrdeError, ValueError):
+    """A data file or a row breaks its rule: ``file:line: field: rule``."""
+
+    @classmethod
+    def at(cls, file: object, line: int | None, field: str, rule: str) -> DataError:
+        """Builds the error for a place in a file: ``file:line: field: rule``.
+
+        Args:
+            file: The file's path.
+            line: The line, counted from 1; `None` when the whole file is meant.
+            field: The field of the row, or ``row`` / ``file``.
+            rule: The rule it breaks and the fix, as one clause.
+        """
+        place = f"{file}:{line}" if line is not None else f"{file}"
+        return cls(f"{place}: {field}: {rule}")
+
+
+class ArtifactError(SrdeError, RuntimeError):
+    """A saved folder is incomplete, altered, or made for another base model."""
+
+
+class UsageError(SrdeError, RuntimeError):
+    """A call that cannot mean anything in the present state."""
