@@ -1,0 +1,128 @@
+"""Neuron deltas, the default: an expert rewrites R hidden neurons.
+
+Letters: T tokens, D model width, F hidden neurons, E experts, R neurons rewritten per expert, P (expert, token) pairs,
+M matrices of the MLP (3 gated, 2 plain).
+
+Rewriting neuron f means: new row f in each D -> F matrix and new column f in the F -> D matrix. The products are small
+and dense, the mask is R whole numbers per expert. The idea of structured sparse fine-tuning by neuron: S2FT (Yang et
+al., NeurIPS 2024); here the structure is routed per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srde.core.delta import Delta, Path, count_rewritten, gates_to, may_write
+from srde.core.masks import deal
+from srde.core.router import Route
+
+# Below this many tokens, rounding the float32 values to the activations' dtype costs more than the product saves.
+CAST_TOKENS = 32
+
+
+class NeuronDelta(Delta):
+    """Deltas on whole hidden neurons.
+
+    Shapes: `values` [M, E, R, D] float32 - for matrix m, expert e and its r-th neuron the change of that neuron's D
+    weights (of its *column* where m is the F -> D matrix); `index` [E, R] long - the neurons.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_matrices: int,
+        num_experts: int,
+        sparsity: float,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(hidden_size, intermediate_size, num_matrices, num_experts)
+        rewritten = count_rewritten(sparsity, intermediate_size)
+        self.values = nn.Parameter(
+            torch.zeros(num_matrices, num_experts, rewritten, hidden_size, dtype=torch.float32, device=device)
+        )
+        self.register_buffer("index", torch.zeros(num_experts, rewritten, dtype=torch.long, device=device))
+
+    def set_masks(self, score: Sequence[Tensor]) -> None:
+        neuron_F = sum(s.float().sum(dim=1) for s in score[:-1]) + score[-1].float().sum(dim=0)
+        assert isinstance(neuron_F, Tensor)
+        self.index.copy_(deal(neuron_F, self.num_experts, self.index.shape[1]))
+
+    def expand(self, pre: list[Tensor], x_TD: Tensor, route: Route, path: Path) -> list[Tensor]:
+        if path == "grouped":
+            return self._expand_grouped(pre, x_TD, route)
+        weight, tokens = self._values_for(x_TD), len(x_TD)
+        gate_TN = gates_to(route.gate_TE, weight).repeat_interleave(self.index.shape[1], dim=1)
+        v_TMN = F.linear(x_TD.to(weight.dtype), weight[:-1].reshape(-1, self.hidden_size))
+        v_TMN = v_TMN.view(tokens, self.num_matrices - 1, self.index.numel())
+        v_TMN = v_TMN.mul_(gate_TN.unsqueeze(1)) if may_write(v_TMN) else v_TMN * gate_TN.unsqueeze(1)
+        index_TN = self.index.view(1, -1).expand(tokens, -1)
+        return [_scatter(a_TF, index_TN, v_TMN[:, m]) for m, a_TF in enumerate(pre)]
+
+    def contract(self, y_TD: Tensor, h_TF: Tensor, route: Route, path: Path) -> Tensor:
+        if path == "grouped":
+            return self._contract_grouped(y_TD, h_TF, route)
+        weight = self._values_for(h_TF)[-1].reshape(-1, self.hidden_size)
+        gate_TN = gates_to(route.gate_TE, weight).repeat_interleave(self.index.shape[1], dim=1)
+        # gather, not h[:, index]: its backward is a parallel scatter, that of indexing walks column by column
+        h_TN = h_TF.gather(1, self.index.view(1, -1).expand(len(h_TF), -1)).to(weight.dtype)
+        return torch.addmm(y_TD.to(weight.dtype), h_TN * gate_TN, weight).to(y_TD.dtype)
+
+    def _values_for(self, activations: Tensor) -> Tensor:
+        if len(activations) < CAST_TOKENS and not torch.is_autocast_enabled(activations.device.type):
+            return self.values.to(torch.promote_types(self.values.dtype, activations.dtype))
+        return self.values.to(activations.dtype)
+
+    def _expand_grouped(self, pre: list[Tensor], x_TD: Tensor, route: Route) -> list[Tensor]:
+        groups = route.groups
+        gate_P1 = route.gate_TE[groups.token_P, groups.expert_P].unsqueeze(1)
+        x_PD = x_TD.index_select(0, groups.token_P)
+        # a loop and not F.grouped_mm: at these sizes it takes the same time on CPU, and has no alignment rules
+        v_PMR = torch.cat(
+            [
+                F.linear(x_ND, self.values[:-1, e].reshape(-1, self.hidden_size).to(x_ND.dtype))
+                for e, x_ND in enumerate(x_PD.split(groups.counts))
+            ]
+        ).view(len(x_PD), self.num_matrices - 1, self.index.shape[1])
+        v_PMR = v_PMR * gates_to(gate_P1, v_PMR).unsqueeze(1)
+        where = (groups.token_P.unsqueeze(1), self.index[groups.expert_P])
+        return [
+            a_TF.index_put(where, v_PMR[:, m].to(a_TF.dtype), accumulate=True) for m, a_TF in enumerate(pre)
+        ]
+
+    def _contract_grouped(self, y_TD: Tensor, h_TF: Tensor, route: Route) -> Tensor:
+        groups = route.groups
+        gate_P1 = route.gate_TE[groups.token_P, groups.expert_P].unsqueeze(1)
+        h_PR = h_TF[groups.token_P.unsqueeze(1), self.index[groups.expert_P]]
+        h_PR = h_PR * gates_to(gate_P1, h_PR)
+        y_PD = torch.cat(
+            [h_NR @ self.values[-1, e].to(h_NR.dtype) for e, h_NR in enumerate(h_PR.split(groups.counts))]
+        )
+        return y_TD.index_add(0, groups.token_P, y_PD.to(y_TD.dtype))
+
+    def dense(self, gate_E: Tensor) -> list[Tensor]:
+        values = self.values.detach() * gate_E.to(self.values).view(1, -1, 1, 1)
+        out = values.new_zeros(self.num_matrices, self.intermediate_size, self.hidden_size)
+        out.index_add_(1, self.index.view(-1), values.flatten(1, 2))
+        return [*out[:-1], out[-1].t()]
+
+    def prune(self, sparsity: float) -> Tensor:
+        rewritten = count_rewritten(sparsity, self.intermediate_size)
+        size_ER = self.values.detach().square().sum(dim=(0, 3))
+        return size_ER.topk(rewritten, dim=-1).indices.sort(dim=-1).values
+
+    def take(self, kept: Tensor, like_values: Tensor) -> Tensor:
+        index = kept.view(1, *kept.shape, 1).expand(self.num_matrices, -1, -1, self.hidden_size)
+        return like_values.gather(2, index)
+
+    def usage(self) -> tuple[Tensor, Tensor]:
+        return self.index, self.values.square().sum(dim=(0, 3))
+
+
+def _scatter(a_TF: Tensor, index_TN: Tensor, v_TN: Tensor) -> Tensor:
+    v_TN = v_TN.to(a_TF.dtype)
+    return a_TF.scatter_add_(1, index_TN, v_TN) if may_write(a_TF) else a_TF.scatter_add(1, index_TN, v_TN)

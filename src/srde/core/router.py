@@ -1,0 +1,164 @@
+"""The router: which experts a token uses, and how much of each.
+
+Letters: T tokens, D model width, E experts (routed, then shared), K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srde.errors import ConfigError, UsageError
+
+
+@dataclass
+class Route:
+    """What the router decided for T tokens.
+
+    Attributes:
+        logits_TE: Router logits over the slots (routed experts, then the null slot if there is one),
+            float32 or wider; locked slots hold minus infinity.
+        slot_TK: The chosen slots, best first; -1 where a token was forced and has no further choice.
+        gate_TE: Weight of each expert, zero where it was not chosen. Columns are the routed experts and
+            then the shared ones, whose gate is 1. The null slot has no column: its share is dropped.
+    """
+
+    logits_TE: Tensor
+    slot_TK: Tensor
+    gate_TE: Tensor
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The (expert, token) pairs in expert order. Reads values on the host: not for compiled code."""
+        used_TE = self.gate_TE != 0
+        pairs_P2 = used_TE.t().nonzero()
+        return Groups(pairs_P2[:, 0], pairs_P2[:, 1], used_TE.sum(0).tolist())
+
+
+@dataclass(frozen=True)
+class Groups:
+    """P pairs of an expert and one of its tokens, sorted by expert.
+
+    Attributes:
+        expert_P: The expert of each pair.
+        token_P: The token of each pair.
+        counts: Pairs of each expert, E whole numbers that add up to P.
+    """
+
+    expert_P: Tensor
+    token_P: Tensor
+    counts: list[int]
+
+
+class Router(nn.Module):
+    """Linear top-k router: float32 logits, the K best slots, softmax over the chosen (as in Mixtral).
+
+    Args:
+        hidden_size: Model width D.
+        num_experts: Routed experts.
+        top_k: Slots that a token chooses.
+        null_expert: Adds one slot without a delta; a token that chooses it leaves that share of the
+            base untouched.
+        num_shared: Experts beside the routed ones whose gate is always 1.
+        device: Where the weight lives.
+
+    Shapes: `weight` is [slots, D] float32 with slots = num_experts + null_expert.
+    """
+
+    INIT_STD = 0.02
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        null_expert: bool = False,
+        num_shared: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.null_expert = null_expert
+        self.num_shared = num_shared
+        self.locked: tuple[int, ...] = ()
+        self.weight = nn.Parameter(
+            torch.empty(num_experts + null_expert, hidden_size, dtype=torch.float32, device=device)
+        )
+        nn.init.normal_(self.weight, std=self.INIT_STD)
+
+    def lock(self, experts: Iterable[int]) -> None:
+        """Locks exactly these routed experts: they are never chosen, so their gradient is exactly zero.
+
+        Raises:
+            ConfigError: An expert does not exist, or no slot would be left.
+        """
+        locked = tuple(sorted(set(experts)))
+        for expert in locked:
+            if not 0 <= expert < self.num_experts:
+                raise ConfigError.of(
+                    "locked expert", expert,
+                    rule=f"routed experts are numbered 0 to {self.num_experts - 1}",
+                    fix="lock only experts that exist",
+                )  # fmt: skip
+        if len(locked) == self.num_experts and not self.null_expert:
+            raise ConfigError.of(
+                "locked experts", list(locked),
+                rule="at least one slot must stay open for the router to choose",
+                fix="leave one expert unlocked, or build the adapter with null_expert=True",
+            )  # fmt: skip
+        self.locked = locked
+
+    def forward(self, x_TD: Tensor, forced_T: Tensor | int | None = None) -> Route:
+        """Routes T tokens.
+
+        Args:
+            x_TD: Hidden states before the MLP.
+            forced_T: A routed expert for every token, or one per token with -1 for "free": a forced token
+                uses that expert alone, with gate 1. Locks do not apply to it.
+        """
+        logits_TE = self._logits(x_TD)
+        top_TK, slot_TK = logits_TE.topk(self.top_k, dim=-1)
+        share_TK = top_TK.softmax(dim=-1)
+        gate_TE = torch.zeros_like(logits_TE).scatter(1, slot_TK, share_TK)
+        if self.null_expert:
+            gate_TE = gate_TE[:, : self.num_experts]
+        if forced_T is not None:
+            slot_TK, gate_TE = self._force(forced_T, slot_TK, gate_TE)
+        if self.num_shared:
+            gate_TE = torch.cat([gate_TE, gate_TE.new_ones(len(gate_TE), self.num_shared)], dim=1)
+        return Route(logits_TE, slot_TK, gate_TE)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):  # autocast would round the logits to bf16
+            with torch.autocast(device, enabled=False):
+                logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        else:
+            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if self.locked:
+            locked = torch.tensor(self.locked, device=logits_TE.device)
+            logits_TE = logits_TE.index_fill(1, locked, float("-inf"))
+        return logits_TE
+
+    def _force(self, forced_T: Tensor | int, slot_TK: Tensor, gate_TE: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(forced_T, int):
+            forced_T = slot_TK.new_full((len(slot_TK),), forced_T)
+        if forced_T.shape != (len(slot_TK),):
+            raise UsageError.of(
+                "forced experts", tuple(forced_T.shape),
+                rule=f"one expert per token is needed, and this layer sees {len(slot_TK)} tokens",
+                fix="pass one expert, one per sequence, or one per token of the batch as it is fed",
+            )  # fmt: skip
+        free_T1 = (forced_T < 0).unsqueeze(1)
+        only_TK = torch.full_like(slot_TK, -1)
+        only_TK[:, 0] = forced_T
+        one_TE = F.one_hot(forced_T.clamp(min=0), self.num_experts).to(gate_TE.dtype)
+        return torch.where(free_T1, slot_TK, only_TK), torch.where(free_T1, gate_TE, one_TE)
