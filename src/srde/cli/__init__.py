@@ -1,0 +1,54 @@
+"""The command line: one small file per verb, imported only when its verb is called.
+
+Exit status: 0 done; 1 an error that srde explains; 2 a wrong command line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from srde.errors import SrdeError
+
+VERBS = {
+    "quickstart": "train six experts on a small model, compare them with the base, ask them one question each",
+    "train": "train experts on a frozen model",
+    "eval": "accuracy, loss and routing of base and experts on held-out rows",
+    "generate": "answer a prompt",
+    "plan": "parameters, memory, FLOPs and disk before anything is loaded",
+}
+"""Verb -> what it does. The module `srde.cli.<verb>` has `main(argv) -> int`; `eval` and friends import their back ends."""
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return f"usage: srde [--version] <verb> [options]\n\n{verbs}\n\nsrde <verb> --help shows a verb's options."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; `argv` without the program's name."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from srde import __version__
+
+        print(f"srde {__version__}")
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        print(f"srde: there is no verb {verb!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"srde.cli.{verb}").main(argv[1:])
+    except SrdeError as error:
+        print(f"srde {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"srde {verb}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,210 @@
+"""What one can ask of, and tell, the routers of a model: `model.srde`.
+
+Letters: B sequences, S positions, T tokens (B * S), E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from srde.core import MlpLayout, Path, Route
+from srde.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from srde.tuner.layer import SrdeLayer
+
+
+@dataclass
+class RoutedCall:
+    """What the routers decided in one forward of the model.
+
+    Attributes:
+        routes: (layer name, adapter name) -> the route of its T tokens, in the model's order.
+        mask_T: 1 for tokens, 0 for padding; None when the call had no two-dimensional attention mask.
+    """
+
+    routes: dict[tuple[str, str], Route] = field(default_factory=dict)
+    mask_T: Tensor | None = None
+
+    def kept(self, values_T: Tensor) -> Tensor:
+        """The entries of the tokens that are not padding."""
+        return values_T if self.mask_T is None else values_T[self.mask_T.bool()]
+
+
+@dataclass
+class RoutingRecord:
+    """What each token chose, per layer, over all forwards made while recording (for `generate`: the prompt, then one
+    call per new token)."""
+
+    calls: list[RoutedCall] = field(default_factory=list)
+
+    def layers(self, adapter: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per layer the chosen slots [T, K] (best first; -1: none) and the gates [T, E] of all tokens but padding.
+
+        Args:
+            adapter: The adapter's name; may be left out where only one was active.
+
+        Raises:
+            UsageError: Nothing was recorded, or several adapters were active and none was named.
+        """
+        names = {key[1] for call in self.calls for key in call.routes}
+        if adapter is None and len(names) != 1:
+            raise UsageError.of(
+                "recorded adapters", sorted(names),
+                rule="the record must hold exactly one adapter, or one must be named",
+                fix="run the model inside `with model.srde.record()`, and pass adapter=... if several are active",
+            )  # fmt: skip
+        wanted = adapter or names.pop()
+        slots: dict[str, list[Tensor]] = {}
+        gates: dict[str, list[Tensor]] = {}
+        for call in self.calls:
+            for (layer, name), route in call.routes.items():
+                if name == wanted:
+                    slots.setdefault(layer, []).append(call.kept(route.slot_TK.detach()))
+                    gates.setdefault(layer, []).append(call.kept(route.gate_TE.detach()))
+        return {layer: (torch.cat(slots[layer]), torch.cat(gates[layer])) for layer in slots}
+
+    def load(self, adapter: str | None = None) -> Tensor:
+        """Mean gate of every expert in every layer over all tokens but padding: [layers, E]."""
+        return torch.stack([gate_TE.mean(0) for _, gate_TE in self.layers(adapter).values()])
+
+    def _add(self, layer: str, adapter: str, route: Route, mask: Tensor | None) -> None:
+        if not self.calls or (layer, adapter) in self.calls[-1].routes:
+            tokens = len(route.gate_TE)
+            self.calls.append(RoutedCall(mask_T=_last_columns(mask, tokens)))
+        self.calls[-1].routes[layer, adapter] = route
+
+
+def _last_columns(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """The mask of the tokens of this call: with a cache, the mask also covers earlier positions."""
+    if mask is None or mask.ndim != 2 or tokens % len(mask):
+        return None
+    return mask[:, -(tokens // len(mask)) :].reshape(-1)
+
+
+class Routing:
+    """The routers of one model, all layers together. Reached as `model.srde` once an adapter is in place.
+
+    Attributes:
+        sites: The MLPs that can carry experts, module name -> layout; looked up once, on the bare model.
+        layers: The MLPs that do, module name -> layer.
+        path: Forces one of the two compute paths, "masked" or "grouped"; None lets each layer choose the cheaper.
+    """
+
+    def __init__(self, sites: dict[str, MlpLayout]) -> None:
+        self.sites = sites
+        self.layers: dict[str, SrdeLayer] = {}
+        self.path: Path | None = None
+        self._forced: Tensor | int | None = None
+        self._mask: Tensor | None = None
+        self._records: list[RoutingRecord] = []
+
+    @contextmanager
+    def record(self) -> Iterator[RoutingRecord]:
+        """Records what each token chooses while the context is open.
+
+        Routes keep their gradient, so that losses can be built on them; what runs during backward (gradient
+        checkpointing) is outside and not recorded twice.
+        """
+        record = RoutingRecord()
+        self._records.append(record)
+        try:
+            yield record
+        finally:
+            self._records.remove(record)
+
+    @contextmanager
+    def force_experts(self, experts: int | Sequence[int] | Tensor) -> Iterator[None]:
+        """Makes tokens use one given expert, with gate 1, instead of what the routers say. Shared experts stay on.
+
+        Args:
+            experts: One expert for all tokens; or one per sequence [B]; or one per token [B, S]. -1 means "as routed".
+
+        Raises:
+            ConfigError: An expert does not exist in an active adapter.
+            UsageError: (in the forward) The numbers of experts and tokens do not fit.
+        """
+        forced = experts if isinstance(experts, int | Tensor) else torch.tensor(experts, dtype=torch.long)
+        lowest, highest = (forced, forced) if isinstance(forced, int) else (int(forced.min()), int(forced.max()))
+        count = min((r.num_experts for layer in self.layers.values() for r in layer.active_routers()), default=0)
+        if not -1 <= lowest <= highest < count:
+            raise ConfigError.of(
+                "forced expert", highest if highest >= count else lowest,
+                rule=f"routed experts are numbered 0 to {count - 1}, and -1 means as routed",
+                fix="name an expert that the active adapter has",
+            )  # fmt: skip
+        before, self._forced = self._forced, None if isinstance(forced, int) and forced < 0 else forced
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    def lock(self, experts: Iterable[int], adapter: str = "default") -> None:
+        """Locks exactly these experts of an adapter, in every layer: never chosen, gradient exactly zero.
+
+        An optimizer with momentum or weight decay moves weights without a gradient too: see `hold_locked`.
+        """
+        experts = list(experts)
+        for layer in self.layers.values():
+            if adapter in layer.srde_router:
+                layer.srde_router[adapter].lock(experts)
+
+    def hold_locked(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Makes an optimizer leave locked experts bit-identical: what it changed of them is put back after each step.
+
+        Returns:
+            The hook's handle; `handle.remove()` ends it.
+        """
+
+        def snapshot(*_: Any) -> None:
+            self._held = [
+                (values, list(router.locked), values.data[:, list(router.locked)].clone())
+                for layer in self.layers.values()
+                for name, router in layer.srde_router.items()
+                if router.locked
+                for values in [layer.srde_experts[name].values]
+            ]
+
+        def restore(*_: Any) -> None:
+            for values, locked, data in self._held:
+                values.data[:, locked] = data
+
+        first = optimizer.register_step_pre_hook(snapshot)
+        second = optimizer.register_step_post_hook(restore)
+        return _Both(first, second)
+
+    def forced_for(self, x: Tensor) -> Tensor | int | None:
+        """The forced experts of the tokens in `x` [..., D]: whatever was given, spread over the tokens."""
+        forced = self._forced
+        if forced is None or isinstance(forced, int):
+            return forced
+        tokens = x.numel() // x.shape[-1]
+        if forced.ndim == 1 and len(forced) != tokens and len(forced) and tokens % len(forced) == 0:
+            forced = forced.repeat_interleave(tokens // len(forced))
+        return forced.reshape(-1).to(x.device)
+
+    def note(self, layer: str, adapter: str, route: Route) -> None:
+        """Called by each layer with each route."""
+        for record in self._records:
+            record._add(layer, adapter, route, self._mask)
+
+    def take_mask(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the base model: remembers which positions are padding."""
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+@dataclass
+class _Both:
+    first: Any
+    second: Any
+
+    def remove(self) -> None:
+        self.first.remove()
+        self.second.remove()
