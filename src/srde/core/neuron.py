@@ -55,9 +55,9 @@ class NeuronDelta(Delta):
     def expand(self, pre: list[Tensor], x_TD: Tensor, route: Route, path: Path) -> list[Tensor]:
         if path == "grouped":
             return self._expand_grouped(pre, x_TD, route)
-        weight, tokens = self._values_for(x_TD), len(x_TD)
+        weight, tokens = self._values_for(x_TD, slice(0, -1)), len(x_TD)
         gate_TN = gates_to(route.gate_TE, weight).repeat_interleave(self.index.shape[1], dim=1)
-        v_TMN = F.linear(x_TD.to(weight.dtype), weight[:-1].reshape(-1, self.hidden_size))
+        v_TMN = F.linear(x_TD.to(weight.dtype), weight.reshape(-1, self.hidden_size))
         v_TMN = v_TMN.view(tokens, self.num_matrices - 1, self.index.numel())
         v_TMN = v_TMN.mul_(gate_TN.unsqueeze(1)) if may_write(v_TMN) else v_TMN * gate_TN.unsqueeze(1)
         index_TN = self.index.view(1, -1).expand(tokens, -1)
@@ -66,16 +66,17 @@ class NeuronDelta(Delta):
     def contract(self, y_TD: Tensor, h_TF: Tensor, route: Route, path: Path) -> Tensor:
         if path == "grouped":
             return self._contract_grouped(y_TD, h_TF, route)
-        weight = self._values_for(h_TF)[-1].reshape(-1, self.hidden_size)
+        weight = self._values_for(h_TF, slice(-1, None)).reshape(-1, self.hidden_size)
         gate_TN = gates_to(route.gate_TE, weight).repeat_interleave(self.index.shape[1], dim=1)
         # gather, not h[:, index]: its backward is a parallel scatter, that of indexing walks column by column
         h_TN = h_TF.gather(1, self.index.view(1, -1).expand(len(h_TF), -1)).to(weight.dtype)
         return torch.addmm(y_TD.to(weight.dtype), h_TN * gate_TN, weight).to(y_TD.dtype)
 
-    def _values_for(self, activations: Tensor) -> Tensor:
+    def _values_for(self, activations: Tensor, matrices: slice) -> Tensor:
+        values = self.values[matrices]
         if len(activations) < CAST_TOKENS and not torch.is_autocast_enabled(activations.device.type):
-            return self.values.to(torch.promote_types(self.values.dtype, activations.dtype))
-        return self.values.to(activations.dtype)
+            return values.to(torch.promote_types(values.dtype, activations.dtype))
+        return values.to(activations.dtype)
 
     def _expand_grouped(self, pre: list[Tensor], x_TD: Tensor, route: Route) -> list[Tensor]:
         groups = route.groups

@@ -1,5 +1,7 @@
 """srde as a PEFT method: where PEFT and Transformers meet the core."""
 
+import peft  # noqa: F401  # first and whole: its import registers the method, which imports the modules below
+
 from srde.tuner.calibrate import calibrate_masks
 from srde.tuner.config import SrdeConfig
 from srde.tuner.control import RoutedCall, Routing, RoutingRecord

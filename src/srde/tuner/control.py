@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from srde.core import MlpLayout, Path, Route
 from srde.errors import ConfigError, UsageError
@@ -101,6 +102,7 @@ class Routing:
         self.sites = sites
         self.layers: dict[str, SrdeLayer] = {}
         self.path: Path | None = None
+        self.hooks: list[RemovableHandle] = []
         self._forced: Tensor | int | None = None
         self._mask: Tensor | None = None
         self._records: list[RoutingRecord] = []

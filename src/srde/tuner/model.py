@@ -43,7 +43,9 @@ class SrdeModel(BaseTuner):
         if not isinstance(routing, Routing):
             keep_weights_unpacked(model)
             routing = Routing(find_sites(model))
-            routing.hook = model.register_forward_pre_hook(routing.take_mask, with_kwargs=True)
+            routing.hooks = [model.register_forward_pre_hook(routing.take_mask, with_kwargs=True)]
+            if (head := output_head(model)) is not None:
+                routing.hooks.append(head.register_forward_pre_hook(_make_contiguous))
             model.srde = routing
         wanted = choose_sites(routing.sites, peft_config)
         self._wanted = {_target_key(name, routing.sites[name]): name for name in wanted}
@@ -141,7 +143,8 @@ class SrdeModel(BaseTuner):
 
     def _take_out(self, progressbar: bool) -> nn.Module:
         model = self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-        model.srde.hook.remove()
+        for hook in model.srde.hooks:
+            hook.remove()
         del model.srde
         return model
 
@@ -235,6 +238,21 @@ def keep_weights_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The LM head, if the model has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _make_contiguous(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Pre-hook of the LM head. The last position of [B, S, D] is a slice with gaps; for such an input PyTorch multiplies
+    a *frozen* weight batch-wise, after copying all of it (56 MB a call on a 135M model): `at::native::should_fold`.
+    `contiguous()` would not do: with one position it finds nothing to copy, and the gap stays in the stride."""
+    x = args[0]
+    if x.ndim == 3 and x.stride(0) != x.shape[1] * x.stride(1):
+        return x.clone(memory_format=torch.contiguous_format), *args[1:]
+    return args
 
 
 def _target_key(name: str, layout: MlpLayout) -> str:
