@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from srde.core import gradient_scores
 from srde.errors import UsageError
+from srde.tuner.control import no_adapter
 from srde.tuner.layer import SrdeLayer
 
 
@@ -29,6 +30,8 @@ def calibrate_masks(
         UsageError: There is no batch, or the adapter has been trained.
     """
     layers = [layer for layer in model.srde.layers.values() if adapter in layer.srde_experts]
+    if not layers:
+        raise no_adapter(model.srde.layers.values(), adapter)
     if any(layer.srde_experts[adapter].values.detach().abs().sum() > 0 for layer in layers):
         raise UsageError.of(
             "adapter", adapter, rule="its deltas are not zero any more, and new masks would move them elsewhere",
@@ -36,10 +39,13 @@ def calibrate_masks(
         )  # fmt: skip
     taps = [_Tap(layer, adapter) for layer in layers]
     disabled = [layer.disable_adapters for layer in layers]
+    trained = [(p, p.grad) for p in model.parameters() if p.requires_grad]  # of `modules_to_save`
     was_training = model.training
     count = 0
     try:
         model.eval()
+        for parameter, _ in trained:
+            parameter.grad = None
         for layer in layers:
             layer._disable_adapters = True
         for batch in batches:
@@ -51,6 +57,8 @@ def calibrate_masks(
             tap.remove()
         for layer, value in zip(layers, disabled, strict=True):
             layer._disable_adapters = value
+        for parameter, grad in trained:
+            parameter.grad = grad
         model.train(was_training)
     if count == 0:
         raise UsageError.of("batches", "none", rule="choosing masks by gradient needs at least one batch", fix="pass some")

@@ -113,11 +113,22 @@ class SrdeConfig(PeftConfig):
         return self.num_experts + self.num_shared_experts
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`, and last the manifest of the adapter's files beside it."""
-        from srde.tuner.store import seal_adapter
+        """Writes `adapter_config.json`, and last the manifest of the adapter's files beside it.
 
+        PEFT writes the tensors first and this last, and says so by passing `auto_mapping_dict`. Transformers writes the
+        tensors later: then a manifest could only list those of an earlier save, so there is none.
+
+        Raises:
+            UsageError: The tensors were written as a pickle.
+        """
+        from srde.tuner.store import seal_adapter, unseal_adapter
+
+        complete = "auto_mapping_dict" in kwargs
+        if not complete:
+            unseal_adapter(save_directory)
         PeftConfig.save_pretrained(replace(self, init_weights=False), save_directory, **kwargs)
-        seal_adapter(save_directory)
+        if complete:
+            seal_adapter(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> SrdeConfig:

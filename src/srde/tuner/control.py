@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from srde.core import MlpLayout, Path, Route
-from srde.errors import ConfigError, UsageError
+from srde.errors import ConfigError, SrdeError, UsageError
 
 if TYPE_CHECKING:
     from srde.tuner.layer import SrdeLayer
@@ -44,6 +44,7 @@ class RoutingRecord:
     call per new token)."""
 
     calls: list[RoutedCall] = field(default_factory=list)
+    _complete: bool = field(default=True, repr=False)
 
     def layers(self, adapter: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Per layer the chosen slots [T, K] (best first; -1: none) and the gates [T, E] of all tokens but padding.
@@ -76,9 +77,10 @@ class RoutingRecord:
         return torch.stack([gate_TE.mean(0) for _, gate_TE in self.layers(adapter).values()])
 
     def _add(self, layer: str, adapter: str, route: Route, mask: Tensor | None) -> None:
-        if not self.calls or (layer, adapter) in self.calls[-1].routes:
+        if self._complete or (layer, adapter) in self.calls[-1].routes:
             tokens = len(route.gate_TE)
             self.calls.append(RoutedCall(mask_T=_last_columns(mask, tokens)))
+            self._complete = False
         self.calls[-1].routes[layer, adapter] = route
 
 
@@ -105,6 +107,7 @@ class Routing:
         self.hooks: list[RemovableHandle] = []
         self._forced: Tensor | int | None = None
         self._mask: Tensor | None = None
+        self._outermost: nn.Module | None = None
         self._records: list[RoutingRecord] = []
 
     @contextmanager
@@ -132,7 +135,8 @@ class Routing:
             ConfigError: An expert does not exist in an active adapter.
             UsageError: (in the forward) The numbers of experts and tokens do not fit.
         """
-        forced = experts if isinstance(experts, int | Tensor) else torch.tensor(experts, dtype=torch.long)
+        forced = experts if isinstance(experts, int) else torch.as_tensor(experts, dtype=torch.long)
+        forced = int(forced) if isinstance(forced, Tensor) and forced.ndim == 0 else forced
         lowest, highest = (forced, forced) if isinstance(forced, int) else (int(forced.min()), int(forced.max()))
         count = min((r.num_experts for layer in self.layers.values() for r in layer.active_routers()), default=0)
         if not -1 <= lowest <= highest < count:
@@ -153,12 +157,15 @@ class Routing:
         An optimizer with momentum or weight decay moves weights without a gradient too: see `hold_locked`.
         """
         experts = list(experts)
-        for layer in self.layers.values():
-            if adapter in layer.srde_router:
-                layer.srde_router[adapter].lock(experts)
+        routers = [layer.srde_router[adapter] for layer in self.layers.values() if adapter in layer.srde_router]
+        if not routers:
+            raise no_adapter(self.layers.values(), adapter)
+        for router in routers:
+            router.lock(experts)
 
     def hold_locked(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Makes an optimizer leave locked experts bit-identical: what it changed of them is put back after each step.
+        """Makes an optimizer leave locked experts bit-identical, and their rows of the router: what it changed of them
+        is put back after each step.
 
         Returns:
             The hook's handle; `handle.remove()` ends it.
@@ -166,16 +173,19 @@ class Routing:
 
         def snapshot(*_: Any) -> None:
             self._held = [
-                (values, list(router.locked), values.data[:, list(router.locked)].clone())
+                (parameter, where, parameter.data[where].clone())
                 for layer in self.layers.values()
                 for name, router in layer.srde_router.items()
-                if router.locked
-                for values in [layer.srde_experts[name].values]
+                if (locked := list(router.locked))
+                for parameter, where in (
+                    (layer.srde_experts[name].values, (slice(None), locked)),
+                    (router.weight, (locked,)),
+                )
             ]
 
         def restore(*_: Any) -> None:
-            for values, locked, data in self._held:
-                values.data[:, locked] = data
+            for parameter, where, data in self._held:
+                parameter.data[where] = data
 
         first = optimizer.register_step_pre_hook(snapshot)
         second = optimizer.register_step_post_hook(restore)
@@ -196,10 +206,30 @@ class Routing:
         for record in self._records:
             record._add(layer, adapter, route, self._mask)
 
-    def take_mask(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the base model: remembers which positions are padding."""
+    def begin(self, module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the base model and of its decoder, which trainers also call alone: remembers which
+        positions are padding. A decoder may get the mask from its model in another form; then the model's holds.
+        """
         mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._mask = mask
+        self._outermost = self._outermost or module
+
+    def end(self, module: nn.Module, _args: Any, _out: Any) -> None:
+        """Forward hook of the same modules: forgets the mask, and the next route begins a new call of each record."""
+        if self._outermost is module:
+            self._outermost = self._mask = None
+            for record in self._records:
+                record._complete = True
+
+
+def no_adapter(layers: Iterable[SrdeLayer], adapter: str) -> SrdeError:
+    """The error for an adapter's name that no layer has."""
+    names = sorted({name for layer in layers for name in layer.srde_experts})
+    return UsageError.of(
+        "adapter", adapter, rule=f"the model has no such srde adapter; it has {', '.join(names) or 'none'}",
+        fix="name one that it has",
+    )  # fmt: skip
 
 
 @dataclass

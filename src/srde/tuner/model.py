@@ -35,15 +35,18 @@ class SrdeModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SrdeConfig, model: nn.Module) -> None:
-        if peft_config.init_weights and peft_config.base_fingerprint is None:
+        if peft_config.init_weights:  # even if there is one: a configuration may be used for a second base
             peft_config.base_fingerprint = fingerprint(model)
-        elif not peft_config.init_weights:
+        else:
             check_base(peft_config.base_fingerprint, model, peft_config.base_model_name_or_path)
         routing = getattr(model, "srde", None)
         if not isinstance(routing, Routing):
             keep_weights_unpacked(model)
             routing = Routing(find_sites(model))
-            routing.hooks = [model.register_forward_pre_hook(routing.take_mask, with_kwargs=True)]
+            decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+            for module in {model, decoder}:
+                routing.hooks.append(module.register_forward_pre_hook(routing.begin, with_kwargs=True))
+                routing.hooks.append(module.register_forward_hook(routing.end, always_call=True))
             if (head := output_head(model)) is not None:
                 routing.hooks.append(head.register_forward_pre_hook(_make_contiguous))
             model.srde = routing

@@ -3,25 +3,81 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from srde.artifacts import MANIFEST_NAME, verify, write_manifest
-from srde.errors import ArtifactError
+from srde.artifacts import MANIFEST_NAME, atomic_folder, sweep, verify, write_manifest
+from srde.errors import ArtifactError, UsageError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+NEXT, SEAL = ".adapter-next", "seal.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 SAMPLES = 16
 TOLERANCE = 0.02  # a base in bf16 or fp16 is the same base: rounding moves a number by less than 1 %
 
 
+def save_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter: str = "default") -> None:
+    """Saves one adapter into a folder that may hold other things too (checkpoints, metrics), so that a kill at any moment
+    leaves the old adapter or the new one.
+
+    `model.save_pretrained(folder)` also works; killed half-way over an older adapter, it leaves a folder that is refused.
+
+    Raises:
+        ArtifactError: The disk is full; the old adapter stands.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    roll_forward(folder)
+    with atomic_folder(folder / NEXT, {"kind": "adapter"}) as staged:
+        model.save_pretrained(str(staged), selected_adapters=[adapter])
+        nested = staged / adapter
+        if nested.is_dir():  # PEFT puts every adapter but "default" one folder deeper
+            for file in nested.iterdir():
+                file.rename(staged / file.name)
+            nested.rmdir()
+        write_manifest(staged, {"kind": "adapter"}, only=ADAPTER_FILES)
+        (staged / MANIFEST_NAME).rename(staged / SEAL)
+    roll_forward(folder)
+
+
+def roll_forward(folder: str | os.PathLike[str]) -> None:
+    """Finishes a save that was killed after the new adapter was complete and before it had moved into place."""
+    staged = Path(folder) / NEXT
+    sweep(folder, name=NEXT)
+    if not staged.is_dir():
+        return
+    for file in sorted(staged.iterdir(), key=lambda f: f.name == SEAL):  # the seal last: until then readers come here
+        if file.name != MANIFEST_NAME:
+            file.replace(staged.parent / (MANIFEST_NAME if file.name == SEAL else file.name))
+    shutil.rmtree(staged)
+
+
 def seal_adapter(folder: str | os.PathLike[str]) -> None:
-    """Writes the manifest of the adapter's two files; called when the last of them is written."""
+    """Writes the manifest of the adapter's two files; called when the last of them is written.
+
+    Raises:
+        UsageError: There is a pickle beside them: loaders would not know which of the two tensor files is meant.
+    """
+    if (pickled := Path(folder) / "adapter_model.bin").is_file():
+        raise UsageError.of(
+            "adapter file", str(pickled), rule="srde adapters hold no pickle",
+            fix="save with safe_serialization=True, and remove this file",
+        )  # fmt: skip
     if all((Path(folder) / name).is_file() for name in ADAPTER_FILES):
         write_manifest(folder, {"kind": "adapter"}, only=ADAPTER_FILES)
+
+
+def unseal_adapter(folder: str | os.PathLike[str]) -> None:
+    """Removes the manifest, before a file that it lists is written anew by somebody who will not seal the folder."""
+    (Path(folder) / MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def check_adapter(folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
@@ -31,6 +87,7 @@ def check_adapter(folder: str | os.PathLike[str], subfolder: str | None = None) 
         ArtifactError: A file is missing, truncated or altered since it was saved.
     """
     place = Path(folder) / (subfolder or "")
+    roll_forward(place)
     if (place / MANIFEST_NAME).is_file():
         verify(place, only=ADAPTER_FILES)
 
@@ -65,9 +122,11 @@ def fingerprint(model: nn.Module) -> list[float] | None:
     """
     tensors: list[Tensor] = []
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = getattr(embeddings, "original_module", embeddings)  # under `modules_to_save`: not the trained copy
     if embeddings is not None and isinstance(getattr(embeddings, "weight", None), Tensor):
         tensors.append(embeddings.weight[:64])
-    tensors += [p for n, p in model.named_parameters() if p.ndim == 1 and n.endswith("weight")][-2:]
+    norms = [n for n, p in model.named_parameters() if p.ndim == 1 and n.endswith("weight")]
+    tensors += [model.get_parameter(n) for n in norms if ".modules_to_save." not in n][-2:]
     picked: list[float] = []
     for tensor in tensors:
         flat = tensor.detach().flatten()

@@ -1,0 +1,1 @@
+"""Data: files of rows, tokens, packed batches, and the quickstart's own data set."""

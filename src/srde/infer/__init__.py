@@ -1,0 +1,1 @@
+"""Using an adapter: generation, and which expert spoke."""

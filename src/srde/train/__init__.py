@@ -1,0 +1,1 @@
+"""Training: arguments, losses, schedules, the trainer, and one run from flags to adapter."""

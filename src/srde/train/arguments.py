@@ -1,0 +1,113 @@
+"""The settings of `srde train`: one dataclass per component, all of them flags."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from srde.errors import ConfigError
+from srde.tuner import SrdeConfig
+
+
+@dataclass
+class ModelArguments:
+    """The frozen base model."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of a causal language model."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Type of the base's weights: auto (the checkpoint's), float32, bfloat16, float16."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention backend of Transformers, e.g. sdpa."})
+
+
+@dataclass
+class DataArguments:
+    """The rows to train on."""
+
+    train_file: str = field(metadata={"help": "JSONL with rows of messages, prompt and response, or text."})
+    eval_file: str | None = field(default=None, metadata={"help": "JSONL whose loss is measured at --eval_strategy."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Tokens per packed row; longer rows are left out, and their number is said."}
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Packs several rows into one, isolated from each other. Models that cannot isolate get padding."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError.of(
+                "max_length", self.max_length, rule="a row needs at least 2 tokens to have one to predict", fix="use 1024"
+            )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """Transformers' `TrainingArguments` with defaults that suit experts on a frozen base."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the adapter and the run."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of the experts and routers."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of steps, of warm-up."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "(Packed) rows per step and device."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints beside the final adapter."})
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ConfigError.of("output_dir", self.output_dir, rule="a run needs a folder to save to", fix="pass --output_dir")
+        super().__post_init__()
+
+
+_BY_HAND = (
+    "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed", "null_expert",
+    "num_shared_experts", "router_aux_loss_coef", "router_z_loss_coef", "orthogonality_loss_coef", "sparsity_loss_coef",
+    "layers_to_transform", "target_modules",
+)  # fmt: skip
+_AS_FLAG = {"layers_to_transform": list[int] | None, "target_modules": list[str] | None}
+
+ExpertArguments = make_dataclass(
+    "ExpertArguments",
+    [
+        (f.name, _AS_FLAG.get(f.name) or get_type_hints(SrdeConfig)[f.name], field(default=f.default, metadata=f.metadata))
+        for f in fields(SrdeConfig)
+        if f.name in _BY_HAND
+    ],
+)
+"""The experts: the fields of `SrdeConfig` that are set by hand, with its defaults and help."""
+
+
+def starting_config(experts: Any) -> SrdeConfig:
+    """The configuration at the start of training, from `ExpertArguments`: at the initial sparsity."""
+    return SrdeConfig(task_type="CAUSAL_LM", sparsity=experts.initial_sparsity, **asdict(experts))
+
+
+def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunArguments]:
+    """Reads the flags of `srde train`.
+
+    Raises:
+        ConfigError: A flag is unknown (the message suggests the nearest), or a value breaks its rule.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, ExpertArguments, RunArguments), prog="srde train", allow_abbrev=False
+    )
+    model, data, experts, run, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    flags = [option for action in parser._actions for option in action.option_strings]
+    refuse_unknown(unknown, flags)
+    return model, data, experts, run
+
+
+def refuse_unknown(unknown: Sequence[str], flags: Sequence[str]) -> None:
+    """Raises for the first argument that no flag took, with the nearest flag there is."""
+    if unknown:
+        name = re.split("=", unknown[0])[0]
+        close = difflib.get_close_matches(name, flags, n=1)
+        raise ConfigError.of(
+            "argument", unknown[0], rule="there is no such flag",
+            fix=f"did you mean {close[0]}?" if close else "see srde train --help",
+        )  # fmt: skip

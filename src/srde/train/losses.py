@@ -1,0 +1,115 @@
+"""srde's auxiliary losses, brought into any trainer's loss in the one place that works for all of them.
+
+TRL's trainers call the backbone and not the model's own forward, so a loss added there would be dropped in silence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from srde.core import Route, load_balancing_loss, orthogonality_loss, router_z_loss, sparsity_loss
+from srde.errors import UsageError
+from srde.tuner import RoutedCall, Routing, SrdeConfig
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+NAMES = ("router_aux_loss", "router_z_loss", "orthogonality_loss", "sparsity_loss")
+"""The losses; each has a weight in `SrdeConfig` named `<loss>_coef`."""
+
+
+def auxiliary_losses(routing: Routing, call: RoutedCall, config: SrdeConfig, adapter: str) -> dict[str, Tensor]:
+    """The losses whose weight is not 0, each a mean over the layers, unweighted.
+
+    Args:
+        routing: The model's `srde`.
+        call: What the routers decided in the forward that the loss belongs to.
+        config: The adapter's settings.
+        adapter: Its name.
+    """
+    routes: dict[str, Route] = {layer: route for (layer, name), route in call.routes.items() if name == adapter}
+    routers = [routing.layers[layer].srde_router[adapter] for layer in routes]
+    deltas = [routing.layers[layer].srde_experts[adapter] for layer in routes]
+    compute = {
+        "router_aux_loss": lambda: [load_balancing_loss(r, config.num_experts, call.mask_T) for r in routes.values()],
+        "router_z_loss": lambda: [router_z_loss(r, call.mask_T) for r in routes.values()],
+        "orthogonality_loss": lambda: [orthogonality_loss(d, r.locked) for d, r in zip(deltas, routers, strict=True)],
+        "sparsity_loss": lambda: [sparsity_loss(d, r.locked) for d, r in zip(deltas, routers, strict=True)],
+    }
+    return {name: torch.stack(compute[name]()).mean() for name in NAMES if getattr(config, f"{name}_coef") > 0}
+
+
+class SrdeLossMixin(_Base):
+    """Adds srde's losses to a trainer's own; put it before the trainer's class.
+
+        class SrdeSFTTrainer(SrdeLossMixin, SFTTrainer): ...
+
+    Works with Transformers' `Trainer` and what derives from it; with a model that has no srde adapter it does nothing.
+    Each loss appears in the logs under its name, unweighted.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._auxiliary: dict[str, list[float]] = {}
+        keep_float32(self.model)
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The trainer's loss plus the weighted auxiliary ones, scaled for gradient accumulation as the trainer's is.
+
+        Raises:
+            UsageError: Reentrant gradient checkpointing keeps the routers' graph from us.
+        """
+        routing = getattr(self.accelerator.unwrap_model(model), "srde", None)
+        if not isinstance(routing, Routing) or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with routing.record() as record:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        # as in TRL: with num_items_in_batch the trainer leaves accumulation to the loss, which is a share of the whole
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        configs = self.accelerator.unwrap_model(model).peft_config
+        for adapter in {name for _, name in record.calls[0].routes}:
+            _require_graph(routing, record.calls[0], adapter)
+            config = configs[adapter]
+            for name, value in auxiliary_losses(routing, record.calls[0], config, adapter).items():
+                loss = loss + getattr(config, f"{name}_coef") * value.to(loss) / steps
+                self._auxiliary.setdefault(name, []).append(value.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean of each auxiliary loss since the last call."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._auxiliary.items()}
+            self._auxiliary.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Puts srde's own numbers back to float32: TRL casts trainable weights to bf16 on quantised bases."""
+    routing = getattr(model, "srde", None)
+    if isinstance(routing, Routing):
+        for layer in routing.layers.values():
+            for parameter in (*layer.srde_experts.parameters(), *layer.srde_router.parameters()):
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
+
+
+def _require_graph(routing: Routing, call: RoutedCall, adapter: str) -> None:
+    layer, route = next((layer, r) for (layer, name), r in call.routes.items() if name == adapter)
+    if routing.layers[layer].srde_router[adapter].weight.requires_grad and not route.logits_TE.requires_grad:
+        raise UsageError.of(
+            "gradient_checkpointing_kwargs", {"use_reentrant": True},
+            rule="reentrant checkpointing hides the routers' gradients from the auxiliary losses",
+            fix="pass gradient_checkpointing_kwargs={'use_reentrant': False}",
+        )  # fmt: skip

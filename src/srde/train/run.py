@@ -1,0 +1,145 @@
+"""One training run, from flags to a saved adapter."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import get_peft_model
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from srde.data.pack import PaddedCollator, pack, packed_collator, packing_is_exact
+from srde.data.rows import read_rows
+from srde.data.tokenize import tokenize_rows
+from srde.errors import ConfigError
+from srde.train.arguments import DataArguments, ModelArguments, RunArguments, starting_config
+from srde.train.schedule import PruneCallback, SparsitySchedule
+from srde.train.trainer import SrdeTrainer
+from srde.tuner.calibrate import calibrate_masks
+from srde.tuner.loading import load_base, load_tokenizer
+from srde.tuner.store import save_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import PeftModel
+
+CALIBRATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run produced.
+
+    Attributes:
+        model: The trained model, still in memory.
+        tokenizer: Its tokenizer.
+        metrics: Loss, runtime and counts, as written to `train_results.json`.
+        output_dir: Where the adapter lies.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    metrics: dict[str, Any]
+    output_dir: Path
+
+
+class Rows(Dataset):  # type: ignore[type-arg]
+    """A list as a dataset."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    experts: Any,
+    args: RunArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Outcome:
+    """Trains experts on a frozen model and saves the adapter.
+
+    Args:
+        model_args: The base.
+        data_args: The rows.
+        experts: An `ExpertArguments`.
+        args: Everything that Transformers' trainer takes.
+        callbacks: Further callbacks of that trainer.
+
+    Raises:
+        SrdeError: A setting, a row or the model breaks a rule; nothing has been written then.
+    """
+    set_seed(args.seed)
+    config = starting_config(experts)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    rows = read_rows(data_args.train_file)
+    eval_rows = read_rows(data_args.eval_file) if data_args.eval_file else None
+    kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    base = load_base(model_args.model_name_or_path, model_args.dtype, **kwargs)
+    packed = data_args.packing and packing_is_exact(base)
+    train_set, collate, facts = _prepare(tokenizer, rows, data_args, packed)
+    eval_set = _prepare(tokenizer, eval_rows, data_args, packed)[0] if eval_rows else None
+    if args.eval_strategy != "no" and eval_set is None:
+        raise ConfigError.of("eval_strategy", args.eval_strategy, rule="measuring needs held-out rows", fix="pass --eval_file")
+
+    model = get_peft_model(base, config)
+    args.remove_unused_columns = False
+    schedule = SparsitySchedule(config.initial_sparsity, config.target_sparsity)
+    trainer = SrdeTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[PruneCallback(schedule), *callbacks],
+    )
+    if config.mask_init == "gradient":
+        _calibrate(trainer)
+    start = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = {**facts, **result.metrics, "seconds": time.perf_counter() - start}
+    output_dir = Path(args.output_dir or "")
+    tokenizer.save_pretrained(str(output_dir))
+    (output_dir / "train_results.json").write_text(json.dumps(metrics | {"log": trainer.state.log_history}, indent=2))
+    save_adapter(model, output_dir)
+    return Outcome(model, tokenizer, metrics, output_dir)
+
+
+def _prepare(
+    tokenizer: PreTrainedTokenizerBase, rows: Any, data_args: DataArguments, packed: bool
+) -> tuple[Rows, Any, dict[str, Any]]:
+    tokenized = tokenize_rows(tokenizer, rows, max_length=data_args.max_length)
+    facts = {
+        "rows": len(tokenized.examples),
+        "rows_left_out": tokenized.dropped,
+        "tokens": sum(len(e.input_ids) for e in tokenized.examples),
+        "trained_tokens": tokenized.trained_tokens,
+        "packed": packed,
+    }
+    if packed:
+        return Rows(pack(tokenized.examples, max_length=data_args.max_length)), packed_collator, facts
+    return Rows(tokenized.examples), PaddedCollator(tokenizer.pad_token_id), facts
+
+
+def _calibrate(trainer: SrdeTrainer) -> None:
+    """Chooses the masks on the first few batches of the run's own data."""
+    batches = trainer.get_train_dataloader()
+    chosen = [batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES), strict=False)]
+    calibrate_masks(trainer.model, chosen)
+
+
+def trained_parameters(model: PreTrainedModel) -> int:
+    """How many numbers the experts and routers hold."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,115 @@
+"""Loads what a user names: a base model, an adapter folder or hub id, a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from srde.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_base(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Loads a causal language model.
+
+    Args:
+        name_or_path: A hub id or a local folder.
+        dtype: "auto" keeps the checkpoint's; or the name of a floating-point type.
+        kwargs: For Transformers' `from_pretrained`, such as `quantization_config` or `device_map`.
+
+    Raises:
+        ConfigError: The dtype is unknown, or there is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ConfigError.of("dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them")
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    with _explained("model_name_or_path", name_or_path):
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=wanted, **kwargs)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer for generation: padded on the left, with some padding token.
+
+    Raises:
+        ConfigError: There is none at that place.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained("tokenizer", name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_adapter(
+    adapter: str, dtype: str = "auto", base: str | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Loads an adapter on its base, in evaluation mode, and the tokenizer (the adapter's own, or else the base's).
+
+    Args:
+        adapter: A folder that `srde train` or `save_pretrained` wrote, or a hub id.
+        dtype: As in `load_base`.
+        base: Another place to load the same base from.
+
+    Raises:
+        ArtifactError: There is no adapter, it is damaged, or made for another base.
+        ConfigError: The base cannot be loaded.
+    """
+    from peft import PeftConfig, PeftModel
+
+    from srde.tuner.register import register_srde
+    from srde.tuner.store import check_adapter
+
+    peft_type = register_srde()
+    check_adapter(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ArtifactError.of(
+            "adapter", adapter, rule=f"it must be a folder or hub id with an adapter_config.json ({_first_line(error)})",
+            fix="name the --output_dir of srde train",
+        ) from error  # fmt: skip
+    if config.peft_type != peft_type:
+        raise ArtifactError.of(
+            "adapter", adapter, rule=f"it is a {config.peft_type} adapter, not one of srde", fix="load it with PEFT"
+        )
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise ArtifactError.of(
+            "adapter", adapter, rule="its adapter_config.json names no base model", fix="name the base with --model_name_or_path"
+        )
+    model = PeftModel.from_pretrained(load_base(name, dtype), adapter)
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    return model.eval(), load_tokenizer(adapter if own else name)
+
+
+class _explained:
+    """Turns what Transformers raises for a wrong name into a message that names it."""
+
+    def __init__(self, thing: str, value: str) -> None:
+        self.thing, self.value = thing, value
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError | ValueError | json.JSONDecodeError) and not isinstance(error, ConfigError):
+            raise ConfigError.of(
+                self.thing, self.value, rule=f"it must be a folder or a hub id of a causal language model ({_first_line(error)})",
+                fix="check the name; without a network, only folders and models already in the cache can be loaded",
+            ) from error  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
