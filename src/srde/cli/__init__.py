@@ -24,7 +24,9 @@ VERBS = {
 def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
-    return f"usage: srde [--version] <verb> [options]\n\n{verbs}\n\nsrde <verb> --help shows a verb's options."
+    return (
+        f"usage: srde [--version] <verb> [options]\n\n{verbs}\n\nsrde <verb> --help shows a verb's options."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

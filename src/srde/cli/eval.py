@@ -8,12 +8,18 @@ import argparse
 def main(argv: list[str]) -> int:
     """Prints the table, and writes JSON and the routing heatmap if asked."""
     parser = argparse.ArgumentParser(prog="srde eval", allow_abbrev=False)
-    parser.add_argument("--adapter", "--checkpoint", required=True, help="folder that srde train wrote, or hub id")
+    parser.add_argument(
+        "--adapter", "--checkpoint", required=True, help="folder that srde train wrote, or hub id"
+    )
     parser.add_argument("--eval_file", required=True, help="JSONL with held-out rows")
-    parser.add_argument("--compare_baseline", action="store_true", help="measure the base on the same rows too")
+    parser.add_argument(
+        "--compare_baseline", action="store_true", help="measure the base on the same rows too"
+    )
     parser.add_argument("--output_dir", help="folder for eval_results.json and plots/routing.png")
     parser.add_argument("--model_name_or_path", help="another place to load the same base from")
-    parser.add_argument("--dtype", default="auto", help="type of the base's weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype", default="auto", help="type of the base's weights (default: the checkpoint's)"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--max_rows", type=int, help="only the first rows of the file")

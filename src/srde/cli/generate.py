@@ -11,7 +11,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--adapter", required=True, help="folder that srde train wrote, or hub id")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument("--model_name_or_path", help="another place to load the same base from")
-    parser.add_argument("--dtype", default="auto", help="type of the base's weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype", default="auto", help="type of the base's weights (default: the checkpoint's)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--expert", type=int, help="force one expert for every token")
@@ -26,9 +28,13 @@ def main(argv: list[str]) -> int:
     from srde.tuner.loading import load_adapter
 
     if args.max_new_tokens < 1:
-        raise ConfigError.of("max_new_tokens", args.max_new_tokens, rule="an answer needs at least 1 token", fix="use 256")
+        raise ConfigError.of(
+            "max_new_tokens", args.max_new_tokens, rule="an answer needs at least 1 token", fix="use 256"
+        )
     if args.temperature < 0:
-        raise ConfigError.of("temperature", args.temperature, rule="it must be at least 0", fix="use 0 for greedy")
+        raise ConfigError.of(
+            "temperature", args.temperature, rule="it must be at least 0", fix="use 0 for greedy"
+        )
     model, tokenizer = load_adapter(args.adapter, args.dtype, args.model_name_or_path)
     options = {"do_sample": True, "temperature": args.temperature} if args.temperature else {}
     with ExitStack() as stack:

@@ -61,7 +61,9 @@ class ElementDelta(Delta):
         groups = route.groups
         for e, token_N in enumerate(groups.token_P.split(groups.counts)):
             if len(token_N):
-                v_NO = _SparseLinear.apply(in_TI[token_N], self.values[m, e], self.index[m, e], out_TO.shape[1])
+                v_NO = _SparseLinear.apply(
+                    in_TI[token_N], self.values[m, e], self.index[m, e], out_TO.shape[1]
+                )
                 v_NO = v_NO * gates_to(route.gate_TE[token_N, e].unsqueeze(1), v_NO)
                 out_TO = out_TO.index_add(0, token_N, v_NO.to(out_TO.dtype))
         return out_TO
@@ -72,7 +74,9 @@ class ElementDelta(Delta):
 
     def _shape(self, m: int) -> tuple[int, int]:
         last = m == self.num_matrices - 1
-        return (self.hidden_size, self.intermediate_size) if last else (self.intermediate_size, self.hidden_size)
+        return (
+            (self.hidden_size, self.intermediate_size) if last else (self.intermediate_size, self.hidden_size)
+        )
 
     def dense(self, gate_E: Tensor) -> list[Tensor]:
         values = self.values.detach() * gate_E.to(self.values).view(1, -1, 1)
@@ -100,7 +104,7 @@ class _SparseLinear(torch.autograd.Function):
     """``x @ S.T`` for a sparse matrix S [O, I] given by ascending flat positions; float32 at least, for CSR products."""
 
     @staticmethod
-    def forward(ctx, x_NI: Tensor, value_N: Tensor, index_N: Tensor, num_outputs: int) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x_NI: Tensor, value_N: Tensor, index_N: Tensor, num_outputs: int) -> Tensor:  # type: ignore[no-untyped-def]
         dtype = torch.promote_types(x_NI.dtype, torch.float32)
         row, col = index_N.long().div(x_NI.shape[1], rounding_mode="floor"), index_N.long() % x_NI.shape[1]
         ctx.save_for_backward(x_NI, value_N, row, col)
@@ -108,10 +112,12 @@ class _SparseLinear(torch.autograd.Function):
         return (_csr(row, col, value_N.to(dtype), (num_outputs, x_NI.shape[1])) @ x_NI.t().to(dtype)).t()
 
     @staticmethod
-    def backward(ctx, grad_NO: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad_NO: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
         x_NI, value_N, row, col = ctx.saved_tensors
         order = col.argsort(stable=True)
-        transposed = _csr(col[order], row[order], value_N[order].to(grad_NO.dtype), (x_NI.shape[1], ctx.num_outputs))
+        transposed = _csr(
+            col[order], row[order], value_N[order].to(grad_NO.dtype), (x_NI.shape[1], ctx.num_outputs)
+        )
         grad_x = (transposed @ grad_NO.t()).t().to(x_NI.dtype)
         # one dense product and a look-up: faster on CPU than a sampled product at 1-4 % of the entries
         grad_value = (grad_NO.t() @ x_NI.to(grad_NO.dtype))[row, col].to(value_N.dtype)

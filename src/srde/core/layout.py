@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import permutations, product
 from typing import Literal
 
@@ -98,11 +99,13 @@ class Found:
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of anything that acts as a linear layer, quantised or not; None for other modules."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features), int(module.out_features)
-    weight = getattr(module, "weight", None)
-    if hasattr(module, "nx") and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2:
-        return int(module.nx), int(module.nf)  # GPT-2's Conv1D: its weight lies transposed
+    for inputs, outputs in (
+        ("in_features", "out_features"),
+        ("nx", "nf"),
+    ):  # nx, nf: GPT-2's Conv1D, transposed
+        shape = getattr(module, inputs, None), getattr(module, outputs, None)
+        if isinstance(shape[0], int) and isinstance(shape[1], int):
+            return shape[0], shape[1]
     return None
 
 
@@ -151,11 +154,11 @@ def try_layout(block: nn.Module, shape: MlpLayout) -> MlpLayout | None:
     try:
         block.train()  # dropouts act, so that a wrong place for one shows
         with torch.no_grad(), torch.random.fork_rng(devices):
-            expected = _seeded(lambda: block(x))
+            expected = _seeded(block, x)
             if expected is None:
                 return None
             for reading in readings:
-                got = _seeded(lambda reading=reading: reading.run(block, x))
+                got = _seeded(partial(reading.run, block), x)
                 if got is not None and got.shape == expected.shape and torch.equal(got, expected):
                     return replace(reading, tried=True)
     finally:
@@ -164,11 +167,16 @@ def try_layout(block: nn.Module, shape: MlpLayout) -> MlpLayout | None:
     return None
 
 
-def _seeded(run: Callable[[], Tensor]) -> Tensor | None:
+def _seeded(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
     torch.manual_seed(0)
     try:
-        out = run()
-    except (TypeError, RuntimeError, ValueError, AttributeError):  # not callable like an MLP: this reading is wrong
+        out = run(x)
+    except (
+        TypeError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+    ):  # not callable like an MLP: this reading is wrong
         return None
     return out if isinstance(out, Tensor) else None
 
@@ -189,7 +197,9 @@ def _fit(module: nn.Module) -> MlpLayout | None:
 
 def _readings(block: nn.Module, shape: MlpLayout) -> Iterator[MlpLayout]:
     children = dict(block.named_children())
-    bare = [n for n, c in children.items() if linear_shape(c) is None and not any(True for _ in c.parameters())]
+    bare = [
+        n for n, c in children.items() if linear_shape(c) is None and not any(True for _ in c.parameters())
+    ]
     dropouts = [n for n in bare if isinstance(children[n], nn.Dropout)]
     acts = [n for n in bare if n not in dropouts]
     acts += [n for n, v in vars(block).items() if callable(v) and not n.startswith("_")]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from srde.core.delta import Delta, Path, count_rewritten, gates_to, may_write
 from srde.core.masks import deal
-from srde.core.router import Route
+from srde.core.router import Route, autocasts
 
 # Below this many tokens, rounding the float32 values to the activations' dtype costs more than the product saves.
 CAST_TOKENS = 32
@@ -74,7 +74,7 @@ class NeuronDelta(Delta):
 
     def _values_for(self, activations: Tensor, matrices: slice) -> Tensor:
         values = self.values[matrices]
-        if len(activations) < CAST_TOKENS and not torch.is_autocast_enabled(activations.device.type):
+        if len(activations) < CAST_TOKENS and not autocasts(activations):
             return values.to(torch.promote_types(values.dtype, activations.dtype))
         return values.to(activations.dtype)
 

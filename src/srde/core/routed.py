@@ -81,6 +81,9 @@ def routed_mlp(
         [..., D], in the base's dtype. With zero deltas, the base's very bits.
     """
     pre = expand(layout.expand(block, x), x, experts, path)
+    if layout.fused:
+        # halves of one tensor again, as in the base: an activation's last bits depend on how its input lies in memory
+        pre = list(torch.cat(pre, dim=-1).chunk(2, dim=-1))
     h = layout.activate(block, pre)
     y = contract(getattr(block, layout.down)(h), h, experts, path)
     return layout.finish(block, y)

@@ -137,9 +137,8 @@ class Router(nn.Module):
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        device = x_TD.device.type
-        if torch.is_autocast_enabled(device):  # autocast would round the logits to bf16
-            with torch.autocast(device, enabled=False):
+        if autocasts(x_TD):  # autocast would round the logits to bf16
+            with torch.autocast(x_TD.device.type, enabled=False):
                 logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         else:
             logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
@@ -162,3 +161,8 @@ class Router(nn.Module):
         only_TK[:, 0] = forced_T
         one_TE = F.one_hot(forced_T.clamp(min=0), self.num_experts).to(gate_TE.dtype)
         return torch.where(free_T1, slot_TK, only_TK), torch.where(free_T1, gate_TE, one_TE)
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor lives; on the meta device there is none, and torch raises when asked."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)

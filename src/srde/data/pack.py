@@ -48,7 +48,9 @@ def pack(examples: Sequence[Example], *, max_length: int) -> list[PackedRow]:
     for example in sorted(examples, key=lambda example: -len(example.input_ids)):
         length = len(example.input_ids)
         if length > max_length:
-            raise DataError.at("examples", None, "row", f"has {length} tokens, more than max_length={max_length}")
+            raise DataError.at(
+                "examples", None, "row", f"has {length} tokens, more than max_length={max_length}"
+            )
         at = bisect_left(room, (length, 0))
         if at < len(room):
             free, row = room.pop(at)
@@ -103,7 +105,9 @@ class PaddedCollator:
         longest = max(len(example.input_ids) for example in examples)
 
         def padded(sequences: Sequence[list[int]], filling: int) -> Tensor:
-            return torch.tensor([[*sequence, *[filling] * (longest - len(sequence))] for sequence in sequences])
+            return torch.tensor(
+                [[*sequence, *[filling] * (longest - len(sequence))] for sequence in sequences]
+            )
 
         return {
             "input_ids": padded([example.input_ids for example in examples], self.pad_token_id),
@@ -126,7 +130,9 @@ def packing_is_exact(model: PreTrainedModel) -> bool:
     training = model.training
     model.eval()
     for start in (1, 6):
-        ids = [(start + place) % vocabulary for place in range(5)] + [(11 + place) % vocabulary for place in range(5)]
+        ids = [(start + place) % vocabulary for place in range(5)] + [
+            (11 + place) % vocabulary for place in range(5)
+        ]
         batch = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
         with torch.no_grad():
             output = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)

@@ -87,11 +87,15 @@ def _parse(raw: bytes, file: str, line: int) -> Row:
     except UnicodeDecodeError as error:
         refuse("row", f"is not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
-        refuse("row", f"is not JSON: {error.msg} at column {error.colno}; the file must hold one object a line")
+        refuse(
+            "row", f"is not JSON: {error.msg} at column {error.colno}; the file must hold one object a line"
+        )
     except RecursionError:
         refuse("row", "is not a row: its JSON is nested too deeply")
     if not isinstance(record, dict):
-        refuse("row", f"must be a JSON object, not {_json_type(record)}; the file must hold one object a line")
+        refuse(
+            "row", f"must be a JSON object, not {_json_type(record)}; the file must hold one object a line"
+        )
 
     def text(name: str, value: Any) -> str:
         if not isinstance(value, str):
@@ -104,15 +108,23 @@ def _parse(raw: bytes, file: str, line: int) -> Row:
 
     layout = [name for name in _LAYOUTS if name in record]
     if len(layout) != 1:
-        found = " and ".join(f'"{name}"' for name in layout) or f"only {', '.join(sorted(record)) or 'no field'}"
-        refuse("row", f'must have exactly one of "messages", "prompt" (with "response") and "text"; it has {found}')
+        found = (
+            " and ".join(f'"{name}"' for name in layout) or f"only {', '.join(sorted(record)) or 'no field'}"
+        )
+        refuse(
+            "row",
+            f'must have exactly one of "messages", "prompt" (with "response") and "text"; it has {found}',
+        )
     if layout == ["messages"]:
         prompt, response = _conversation(record["messages"], text, refuse)
     elif layout == ["prompt"]:
         prompt = [{"role": "user", "content": text("prompt", record["prompt"])}]
         given = [name for name in _RESPONSES if name in record]
         if len(given) != 1:
-            refuse("response", "given twice, also as completion" if given else "is missing; a prompt needs its response")
+            refuse(
+                "response",
+                "given twice, also as completion" if given else "is missing; a prompt needs its response",
+            )
         response = text(given[0], record[given[0]])
     else:
         prompt, response = [], text("text", record["text"])
@@ -147,7 +159,10 @@ def _conversation(
                 refuse(f"{place}.{name}", "is missing")
         turns.append({name: text(f"{place}.{name}", message[name]) for name in ("role", "content")})
     if turns[-1]["role"] != "assistant":
-        refuse(f"messages[{len(turns) - 1}].role", f"must be 'assistant', not {turns[-1]['role']!r}: the last turn is the response")
+        refuse(
+            f"messages[{len(turns) - 1}].role",
+            f"must be 'assistant', not {turns[-1]['role']!r}: the last turn is the response",
+        )
     return turns[:-1], turns[-1]["content"]
 
 
@@ -161,5 +176,12 @@ def _answer(value: Any, refuse: _Refuse) -> str | int | float | list[str] | None
 
 
 def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null")

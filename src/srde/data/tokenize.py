@@ -120,11 +120,17 @@ def _join(prompt: Sequence[dict[str, str]]) -> str:
     return "".join(f"{turn['content']}\n" for turn in prompt)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=add_generation_prompt)
+def _render(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, add_generation_prompt: bool
+) -> str:
+    return tokenizer.apply_chat_template(
+        list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+    )
 
 
-def _continue(tokenizer: PreTrainedTokenizerBase, prompt: list[int], whole: list[int], response: str) -> list[int]:
+def _continue(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], whole: list[int], response: str
+) -> list[int]:
     """Ids of prompt and response that begin with the prompt's own ids.
 
     Where a token of the whole text straddles the border, both sides are tokenised apart: the model meets the prompt's ids as
@@ -144,9 +150,15 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list
 
     try:
         before = _render(tokenizer, row.prompt, add_generation_prompt=True)
-        whole = _render(tokenizer, [*row.prompt, {"role": "assistant", "content": row.response}], add_generation_prompt=False)
+        whole = _render(
+            tokenizer,
+            [*row.prompt, {"role": "assistant", "content": row.response}],
+            add_generation_prompt=False,
+        )
     except TemplateError as error:  # templates refuse by raising, e.g. "roles must alternate"
-        raise DataError.at(row.file, row.line, "messages", f"the model's chat template refuses them: {error}") from error
+        raise DataError.at(
+            row.file, row.line, "messages", f"the model's chat template refuses them: {error}"
+        ) from error
     if not whole.startswith(before):
         raise DataError.at(
             row.file, row.line, "messages",

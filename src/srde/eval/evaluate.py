@@ -82,7 +82,11 @@ def evaluate(
     """
     model.eval()
     losses, gates = _losses(model, tokenizer, rows, batch_size, progress)
-    asked = [i for i, row in enumerate(rows) if row.prompt and row.answer is not None and is_scorable(row.kind or "")]
+    asked = [
+        i
+        for i, row in enumerate(rows)
+        if row.prompt and row.answer is not None and is_scorable(row.kind or "")
+    ]
     texts: dict[int, str] = {}
     speeds = []
     for first in range(0, len(asked), 4 * batch_size):
@@ -92,7 +96,9 @@ def evaluate(
         texts |= {i: answer.text for i, answer in zip(chunk, got, strict=True)}
         speeds.append((sum(a.new_tokens for a in got), got.tokens_per_second))
         progress(len(chunk))
-    scores = {i: score(str(rows[i].kind), text, rows[i].answer, rows[i].metadata) for i, text in texts.items()}
+    scores = {
+        i: score(str(rows[i].kind), text, rows[i].answer, rows[i].metadata) for i, text in texts.items()
+    }
     domains: dict[str, DomainResult] = {}
     for domain in dict.fromkeys(row.domain or ANY for row in rows):
         mine = [i for i, row in enumerate(rows) if (row.domain or ANY) == domain]

@@ -76,7 +76,9 @@ def as_json(experts: Evaluation, base: Evaluation | None) -> dict[str, Any]:
     return out
 
 
-def save_report(folder: str | Path, experts: Evaluation, base: Evaluation | None, num_routed: int) -> list[Path]:
+def save_report(
+    folder: str | Path, experts: Evaluation, base: Evaluation | None, num_routed: int
+) -> list[Path]:
     """Writes `eval_results.json` and, for a model with experts, `plots/routing.png`.
 
     Returns:
@@ -105,7 +107,7 @@ def routing_heatmap(path: Path, experts: Evaluation, num_routed: int) -> Path:
     FigureCanvasAgg(figure)
     grid = figure.subplots(1, count + 1, width_ratios=[2.4, *[1] * count], squeeze=False)[0]
     top = float(share_DLE.max())
-    mean_DE = share_DLE.mean(1)
+    mean_DE = share_DLE.mean(1).numpy()
     grid[0].imshow(mean_DE, cmap="viridis", vmin=0, vmax=float(mean_DE.max()), aspect="auto")
     grid[0].set_yticks(range(count), domains)
     grid[0].set_xticks(range(num_routed))
@@ -116,8 +118,10 @@ def routing_heatmap(path: Path, experts: Evaluation, num_routed: int) -> Path:
             share = float(mean_DE[d, e])
             color = "white" if share < 0.6 * float(mean_DE.max()) else "black"
             grid[0].text(e, d, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=8)
-    for axis, domain, share_LE in zip(grid[1:], domains, share_DLE, strict=True):
-        image = axis.imshow(share_LE, cmap="viridis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    for axis, domain, share_LE in zip(grid[1:], domains, share_DLE.numpy(), strict=True):
+        image = axis.imshow(
+            share_LE, cmap="viridis", vmin=0, vmax=top, aspect="auto", interpolation="nearest"
+        )
         axis.set_title(domain)
         axis.set_xlabel("expert")
         axis.set_xticks(range(0, num_routed, max(1, num_routed // 4)))

@@ -32,14 +32,16 @@ from typing import Any
 
 from srde.errors import UsageError
 
-_NUMBER = re.compile(  # a sign counts only where no word, number or bracket stands before it: 10-3 holds 10 and 3
+# A sign counts only where no word, number or bracket stands before it: 10-3 holds 10 and 3.
+_NUMBER = re.compile(
     r"(?<![\w.)])(?P<digits>[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)"
     r"(?:\s*(?:x|\*|\u00d7|\\times|\\cdot)\s*10\s*\^\s*\{?\s*(?P<power>[-+]?\d+))?"
 )
 # "The answer is", "Final answer:", "The output of the code is", "result =". The verb or the sign is needed:
 # the bare word also stands in sentences such as "to answer this question".
 _CUE = re.compile(
-    r"\b(?:answer|output|result|solution)s?\b[^\n.:=]{0,60}?(?:\bis\b|\bare\b|\bbe\b|:|=)[:*\s]*", re.IGNORECASE
+    r"\b(?:answer|output|result|solution)s?\b[^\n.:=]{0,60}?(?:\bis\b|\bare\b|\bbe\b|:|=)[:*\s]*",
+    re.IGNORECASE,
 )
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _CHOICES = (  # tried in this order on the whole text; each has exactly one group that holds the letter
@@ -133,8 +135,15 @@ def _predicted_number(text: str) -> float | None:
 
 
 def _score_number(text: str, answer: Any, relative_tolerance: float) -> bool:
-    predicted, (wanted, *_) = _predicted_number(text.replace("\u2212", "-")), _numbers(str(answer))
-    return predicted is not None and math.isclose(predicted, wanted, rel_tol=relative_tolerance, abs_tol=1e-12)
+    predicted, wanted = _predicted_number(text.replace("\u2212", "-")), _numbers(str(answer))
+    if len(wanted) != 1:
+        raise UsageError.of(
+            "answer", answer, rule="must be one number for the kinds number and number_tol5pct",
+            fix="Correct the row, or give it another kind",
+        )  # fmt: skip
+    return predicted is not None and math.isclose(
+        predicted, wanted[0], rel_tol=relative_tolerance, abs_tol=1e-12
+    )
 
 
 def _score_choice(text: str, answer: Any, metadata: Mapping[str, Any]) -> bool:

@@ -31,16 +31,18 @@ class Answer:
         new_tokens: How many tokens that took, the one that ends the turn included.
         load_E: Mean gate of each expert over the positions that produced these tokens and over all layers; None where
             no adapter spoke.
+        num_routed: How many of them are routed; the shared ones follow.
     """
 
     text: str
     new_tokens: int
     load_E: Tensor | None
+    num_routed: int = 0
 
     @property
     def expert(self) -> int | None:
         """The routed expert with the largest share; None where no adapter spoke."""
-        return None if self.load_E is None else int(self.load_E.argmax())
+        return None if self.load_E is None else int(self.load_E[: self.num_routed].argmax())
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ def generate(
     ids = [prompt_ids(tokenizer, t) for t in turns]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     answers: dict[int, Answer] = {}
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **options}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+        **options,
+    }
     if not options["do_sample"]:  # a checkpoint's own sampling settings would be warned about
         options = {"temperature": None, "top_p": None, "top_k": None, **options}
     start = time.perf_counter()
@@ -85,7 +92,9 @@ def generate(
         chunk = order[first : first + batch_size]
         answers |= zip(chunk, _batch(model, tokenizer, [ids[i] for i in chunk], options), strict=True)
     seconds = time.perf_counter() - start
-    return Answers([answers[i] for i in range(len(ids))], sum(a.new_tokens for a in answers.values()) / seconds)
+    return Answers(
+        [answers[i] for i in range(len(ids))], sum(a.new_tokens for a in answers.values()) / seconds
+    )
 
 
 def _batch(
@@ -105,8 +114,16 @@ def _batch(
     new = out[:, longest:]
     counts = [_spoken(row, _end_ids(model, tokenizer)) for row in new.tolist()]
     loads = answer_load(record, counts) if record.calls else [None] * len(ids)
-    texts = [tokenizer.decode(row[:n], skip_special_tokens=True).strip() for row, n in zip(new, counts, strict=True)]
-    return [Answer(t, n, load) for t, n, load in zip(texts, counts, loads, strict=True)]
+    texts = [
+        tokenizer.decode(row[:n], skip_special_tokens=True).strip()
+        for row, n in zip(new, counts, strict=True)
+    ]
+    routed = (
+        next((r.num_experts for layer in routing.layers.values() for r in layer.active_routers()), 0)
+        if routing
+        else 0
+    )
+    return [Answer(t, n, load, routed) for t, n, load in zip(texts, counts, loads, strict=True)]
 
 
 def answer_load(record: RoutingRecord, counts: Sequence[int]) -> list[Tensor]:
@@ -119,7 +136,9 @@ def answer_load(record: RoutingRecord, counts: Sequence[int]) -> list[Tensor]:
     per_call = []
     for call in record.calls:
         gates = torch.stack([route.gate_TE for route in call.routes.values()]).float().mean(0)
-        per_call.append(gates.view(len(counts), -1, gates.shape[-1])[:, -1])  # the last position predicts the new token
+        per_call.append(
+            gates.view(len(counts), -1, gates.shape[-1])[:, -1]
+        )  # the last position predicts the new token
     gate_NBE = torch.stack(per_call)
     return [gate_NBE[: max(n, 1), b].mean(0) for b, n in enumerate(counts)]
 

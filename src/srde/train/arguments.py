@@ -20,9 +20,12 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of a causal language model."})
     dtype: str = field(
-        default="auto", metadata={"help": "Type of the base's weights: auto (the checkpoint's), float32, bfloat16, float16."}
+        default="auto",
+        metadata={"help": "Type of the base's weights: auto (the checkpoint's), float32, bfloat16, float16."},
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention backend of Transformers, e.g. sdpa."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention backend of Transformers, e.g. sdpa."}
+    )
 
 
 @dataclass
@@ -30,19 +33,27 @@ class DataArguments:
     """The rows to train on."""
 
     train_file: str = field(metadata={"help": "JSONL with rows of messages, prompt and response, or text."})
-    eval_file: str | None = field(default=None, metadata={"help": "JSONL whose loss is measured at --eval_strategy."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "JSONL whose loss is measured at --eval_strategy."}
+    )
     max_length: int = field(
-        default=1024, metadata={"help": "Tokens per packed row; longer rows are left out, and their number is said."}
+        default=1024,
+        metadata={"help": "Tokens per packed row; longer rows are left out, and their number is said."},
     )
     packing: bool = field(
         default=True,
-        metadata={"help": "Packs several rows into one, isolated from each other. Models that cannot isolate get padding."},
+        metadata={
+            "help": "Packs several rows into one, isolated from each other. Models that cannot isolate get padding."
+        },
     )
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ConfigError.of(
-                "max_length", self.max_length, rule="a row needs at least 2 tokens to have one to predict", fix="use 1024"
+                "max_length",
+                self.max_length,
+                rule="a row needs at least 2 tokens to have one to predict",
+                fix="use 1024",
             )
 
 
@@ -51,16 +62,26 @@ class RunArguments(TrainingArguments):
     """Transformers' `TrainingArguments` with defaults that suit experts on a frozen base."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the adapter and the run."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of the experts and routers."})
+    learning_rate: float = field(
+        default=3e-3, metadata={"help": "Peak learning rate of the experts and routers."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of steps, of warm-up."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "(Packed) rows per step and device."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Steps, or below 1 the share of steps, of warm-up."}
+    )
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "(Packed) rows per step and device."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints beside the final adapter."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "When to write checkpoints beside the final adapter."}
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir:
-            raise ConfigError.of("output_dir", self.output_dir, rule="a run needs a folder to save to", fix="pass --output_dir")
+            raise ConfigError.of(
+                "output_dir", self.output_dir, rule="a run needs a folder to save to", fix="pass --output_dir"
+            )
         super().__post_init__()
 
 
@@ -74,7 +95,11 @@ _AS_FLAG = {"layers_to_transform": list[int] | None, "target_modules": list[str]
 ExpertArguments = make_dataclass(
     "ExpertArguments",
     [
-        (f.name, _AS_FLAG.get(f.name) or get_type_hints(SrdeConfig)[f.name], field(default=f.default, metadata=f.metadata))
+        (
+            f.name,
+            _AS_FLAG.get(f.name) or get_type_hints(SrdeConfig)[f.name],
+            field(default=f.default, metadata=f.metadata),
+        )
         for f in fields(SrdeConfig)
         if f.name in _BY_HAND
     ],
@@ -96,7 +121,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunA
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, ExpertArguments, RunArguments), prog="srde train", allow_abbrev=False
     )
-    model, data, experts, run, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    model, data, experts, run, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True
+    )
     flags = [option for action in parser._actions for option in action.option_strings]
     refuse_unknown(unknown, flags)
     return model, data, experts, run

@@ -23,7 +23,9 @@ NAMES = ("router_aux_loss", "router_z_loss", "orthogonality_loss", "sparsity_los
 """The losses; each has a weight in `SrdeConfig` named `<loss>_coef`."""
 
 
-def auxiliary_losses(routing: Routing, call: RoutedCall, config: SrdeConfig, adapter: str) -> dict[str, Tensor]:
+def auxiliary_losses(
+    routing: Routing, call: RoutedCall, config: SrdeConfig, adapter: str
+) -> dict[str, Tensor]:
     """The losses whose weight is not 0, each a mean over the layers, unweighted.
 
     Args:
@@ -32,16 +34,24 @@ def auxiliary_losses(routing: Routing, call: RoutedCall, config: SrdeConfig, ada
         config: The adapter's settings.
         adapter: Its name.
     """
-    routes: dict[str, Route] = {layer: route for (layer, name), route in call.routes.items() if name == adapter}
+    routes: dict[str, Route] = {
+        layer: route for (layer, name), route in call.routes.items() if name == adapter
+    }
     routers = [routing.layers[layer].srde_router[adapter] for layer in routes]
     deltas = [routing.layers[layer].srde_experts[adapter] for layer in routes]
     compute = {
-        "router_aux_loss": lambda: [load_balancing_loss(r, config.num_experts, call.mask_T) for r in routes.values()],
+        "router_aux_loss": lambda: [
+            load_balancing_loss(r, config.num_experts, call.mask_T) for r in routes.values()
+        ],
         "router_z_loss": lambda: [router_z_loss(r, call.mask_T) for r in routes.values()],
-        "orthogonality_loss": lambda: [orthogonality_loss(d, r.locked) for d, r in zip(deltas, routers, strict=True)],
+        "orthogonality_loss": lambda: [
+            orthogonality_loss(d, r.locked) for d, r in zip(deltas, routers, strict=True)
+        ],
         "sparsity_loss": lambda: [sparsity_loss(d, r.locked) for d, r in zip(deltas, routers, strict=True)],
     }
-    return {name: torch.stack(compute[name]()).mean() for name in NAMES if getattr(config, f"{name}_coef") > 0}
+    return {
+        name: torch.stack(compute[name]()).mean() for name in NAMES if getattr(config, f"{name}_coef") > 0
+    }
 
 
 class SrdeLossMixin(_Base):
@@ -109,7 +119,7 @@ def _require_graph(routing: Routing, call: RoutedCall, adapter: str) -> None:
     layer, route = next((layer, r) for (layer, name), r in call.routes.items() if name == adapter)
     if routing.layers[layer].srde_router[adapter].weight.requires_grad and not route.logits_TE.requires_grad:
         raise UsageError.of(
-            "gradient_checkpointing_kwargs", {"use_reentrant": True},
+            "activation_checkpointing_kwargs", {"use_reentrant": True},
             rule="reentrant checkpointing hides the routers' gradients from the auxiliary losses",
-            fix="pass gradient_checkpointing_kwargs={'use_reentrant': False}",
+            fix="pass activation_checkpointing_kwargs={'use_reentrant': False}",
         )  # fmt: skip

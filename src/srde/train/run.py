@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -91,10 +92,13 @@ def run(
     train_set, collate, facts = _prepare(tokenizer, rows, data_args, packed)
     eval_set = _prepare(tokenizer, eval_rows, data_args, packed)[0] if eval_rows else None
     if args.eval_strategy != "no" and eval_set is None:
-        raise ConfigError.of("eval_strategy", args.eval_strategy, rule="measuring needs held-out rows", fix="pass --eval_file")
+        raise ConfigError.of(
+            "eval_strategy", args.eval_strategy, rule="measuring needs held-out rows", fix="pass --eval_file"
+        )
 
     model = get_peft_model(base, config)
     args.remove_unused_columns = False
+    args.dataloader_pin_memory &= torch.cuda.is_available()
     schedule = SparsitySchedule(config.initial_sparsity, config.target_sparsity)
     trainer = SrdeTrainer(
         model=model,
@@ -112,7 +116,9 @@ def run(
     metrics = {**facts, **result.metrics, "seconds": time.perf_counter() - start}
     output_dir = Path(args.output_dir or "")
     tokenizer.save_pretrained(str(output_dir))
-    (output_dir / "train_results.json").write_text(json.dumps(metrics | {"log": trainer.state.log_history}, indent=2))
+    (output_dir / "train_results.json").write_text(
+        json.dumps(metrics | {"log": trainer.state.log_history}, indent=2)
+    )
     save_adapter(model, output_dir)
     return Outcome(model, tokenizer, metrics, output_dir)
 

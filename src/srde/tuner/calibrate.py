@@ -61,7 +61,9 @@ def calibrate_masks(
             parameter.grad = grad
         model.train(was_training)
     if count == 0:
-        raise UsageError.of("batches", "none", rule="choosing masks by gradient needs at least one batch", fix="pass some")
+        raise UsageError.of(
+            "batches", "none", rule="choosing masks by gradient needs at least one batch", fix="pass some"
+        )
     for tap in taps:
         tap.finish()
 
@@ -76,7 +78,8 @@ class _Tap:
         self.by_neuron = layer.srde_experts[adapter].values.ndim == 4
         self.scores: dict[str, Tensor] = {}
         self.handles = [
-            getattr(block, name).register_forward_hook(self._hook(name)) for name in (*layout.ups, layout.down)
+            getattr(block, name).register_forward_hook(self._hook(name))
+            for name in (*layout.ups, layout.down)
         ]
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
@@ -92,7 +95,11 @@ class _Tap:
     def _add(self, name: str, x_TI: Tensor, grad_TO: Tensor) -> None:
         score = gradient_scores(x_TI, grad_TO)
         if self.by_neuron:
-            score = score.sum(dim=0, keepdim=True) if name == self.layer.layout.down else score.sum(dim=1, keepdim=True)
+            score = (
+                score.sum(dim=0, keepdim=True)
+                if name == self.layer.layout.down
+                else score.sum(dim=1, keepdim=True)
+            )
         self.scores[name] = self.scores[name] + score if name in self.scores else score
 
     def remove(self) -> None:

@@ -41,7 +41,9 @@ class SrdeConfig(PeftConfig):
     )
     sparsity: float | None = field(
         default=None,
-        metadata={"help": "The share at present; None means target_sparsity. srde's trainer keeps it up to date."},
+        metadata={
+            "help": "The share at present; None means target_sparsity. srde's trainer keeps it up to date."
+        },
     )
     granularity: Granularity = field(
         default="neuron",
@@ -79,7 +81,8 @@ class SrdeConfig(PeftConfig):
         },
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules beside the experts to train and save whole, as in LoraConfig."}
+        default=None,
+        metadata={"help": "Modules beside the experts to train and save whole, as in LoraConfig."},
     )
     init_weights: bool = field(
         default=True,
@@ -131,7 +134,9 @@ class SrdeConfig(PeftConfig):
             seal_adapter(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> SrdeConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SrdeConfig:
         """Reads the configuration; a local adapter folder is first checked against its manifest.
 
         Raises:
@@ -175,14 +180,19 @@ class SrdeConfig(PeftConfig):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise ConfigError.of(
-                    name, value, rule="a loss weight is a finite number of at least 0", fix="use 0 to switch it off"
+                    name,
+                    value,
+                    rule="a loss weight is a finite number of at least 0",
+                    fix="use 0 to switch it off",
                 )
 
     def _check_choices(self) -> None:
         for name, choices in (("granularity", get_args(Granularity)), ("mask_init", get_args(MaskInit))):
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError.of(name, value, rule=f"it must be one of {', '.join(choices)}", fix="pick one of them")
+                raise ConfigError.of(
+                    name, value, rule=f"it must be one of {', '.join(choices)}", fix="pick one of them"
+                )
         layers = self.layers_to_transform
         layers = [layers] if isinstance(layers, int) else layers
         if layers is not None and (
@@ -202,7 +212,9 @@ def _is_number(value: object) -> bool:
 def _whole(config: SrdeConfig, name: str, least: int) -> None:
     value = getattr(config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError.of(name, value, rule=f"it must be a whole number of at least {least}", fix=f"use {least} or more")
+        raise ConfigError.of(
+            name, value, rule=f"it must be a whole number of at least {least}", fix=f"use {least} or more"
+        )
 
 
 def config_fields() -> dict[str, str]:

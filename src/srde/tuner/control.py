@@ -137,8 +137,12 @@ class Routing:
         """
         forced = experts if isinstance(experts, int) else torch.as_tensor(experts, dtype=torch.long)
         forced = int(forced) if isinstance(forced, Tensor) and forced.ndim == 0 else forced
-        lowest, highest = (forced, forced) if isinstance(forced, int) else (int(forced.min()), int(forced.max()))
-        count = min((r.num_experts for layer in self.layers.values() for r in layer.active_routers()), default=0)
+        lowest, highest = (
+            (forced, forced) if isinstance(forced, int) else (int(forced.min()), int(forced.max()))
+        )
+        count = min(
+            (r.num_experts for layer in self.layers.values() for r in layer.active_routers()), default=0
+        )
         if not -1 <= lowest <= highest < count:
             raise ConfigError.of(
                 "forced expert", highest if highest >= count else lowest,
@@ -157,7 +161,9 @@ class Routing:
         An optimizer with momentum or weight decay moves weights without a gradient too: see `hold_locked`.
         """
         experts = list(experts)
-        routers = [layer.srde_router[adapter] for layer in self.layers.values() if adapter in layer.srde_router]
+        routers = [
+            layer.srde_router[adapter] for layer in self.layers.values() if adapter in layer.srde_router
+        ]
         if not routers:
             raise no_adapter(self.layers.values(), adapter)
         for router in routers:

@@ -102,7 +102,10 @@ class SrdeLayer(nn.Module, BaseTunerLayer):
         return self.base_layer
 
     def _weights_like(self) -> list[Tensor]:
-        up, down = (self.layout.intermediate_size, self.layout.hidden_size), (self.layout.hidden_size, self.layout.intermediate_size)
+        up, down = (
+            (self.layout.intermediate_size, self.layout.hidden_size),
+            (self.layout.hidden_size, self.layout.intermediate_size),
+        )
         return [torch.empty(s, device="meta") for s in (*[up] * (self.layout.num_matrices - 1), down)]
 
     def active_routers(self) -> list[Router]:
@@ -176,7 +179,9 @@ class SrdeLayer(nn.Module, BaseTunerLayer):
 class SrdeLooseUp(SrdeLayer):
     """The D -> F matrix of an MLP that has no module of its own (OPT): routes, and carries the experts."""
 
-    def __init__(self, base_layer: nn.Module, name: str, layout: MlpLayout, routing: Routing, down: nn.Module) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, layout: MlpLayout, routing: Routing, down: nn.Module
+    ) -> None:
         super().__init__(base_layer, name, layout, routing)
         self.pending: Experts = []
         self.down = (down,)  # in a tuple, so that the module tree holds it once

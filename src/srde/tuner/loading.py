@@ -31,7 +31,9 @@ def load_base(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTrain
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
-        raise ConfigError.of("dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them")
+        raise ConfigError.of(
+            "dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them"
+        )
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     with _explained("model_name_or_path", name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=wanted, **kwargs)
@@ -45,7 +47,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with _explained("tokenizer", name_or_path):
+    with _explained("model_name_or_path", name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -82,12 +84,18 @@ def load_adapter(
         ) from error  # fmt: skip
     if config.peft_type != peft_type:
         raise ArtifactError.of(
-            "adapter", adapter, rule=f"it is a {config.peft_type} adapter, not one of srde", fix="load it with PEFT"
+            "adapter",
+            adapter,
+            rule=f"it is a {config.peft_type} adapter, not one of srde",
+            fix="load it with PEFT",
         )
     name = base or config.base_model_name_or_path
     if not name:
         raise ArtifactError.of(
-            "adapter", adapter, rule="its adapter_config.json names no base model", fix="name the base with --model_name_or_path"
+            "adapter",
+            adapter,
+            rule="its adapter_config.json names no base model",
+            fix="name the base with --model_name_or_path",
         )
     model = PeftModel.from_pretrained(load_base(name, dtype), adapter)
     own = (Path(adapter) / "tokenizer_config.json").is_file()
@@ -104,7 +112,9 @@ class _explained:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError | ValueError | json.JSONDecodeError) and not isinstance(error, ConfigError):
+        if isinstance(error, OSError | ValueError | json.JSONDecodeError) and not isinstance(
+            error, ConfigError
+        ):
             raise ConfigError.of(
                 self.thing, self.value, rule=f"it must be a folder or a hub id of a causal language model ({_first_line(error)})",
                 fix="check the name; without a network, only folders and models already in the cache can be loaded",

@@ -84,7 +84,9 @@ class SrdeModel(BaseTuner):
         target.srde_experts[adapter_name].requires_grad_(active)
         target.srde_router[adapter_name].requires_grad_(active)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         setattr(parent, child_name, new_module)
 
     # ---- loading --------------------------------------------------------------------------------------------------
@@ -128,7 +130,12 @@ class SrdeModel(BaseTuner):
         if expert is None and weights is None:
             raise UsageError(MERGE_REFUSED)
         if expert is not None and weights is not None:
-            raise UsageError.of("expert and weights", (expert, weights), rule="they exclude each other", fix="give one of them")
+            raise UsageError.of(
+                "expert and weights",
+                (expert, weights),
+                rule="they exclude each other",
+                fix="give one of them",
+            )
         names = adapter_names or self.active_adapters
         gates = {name: merge_gates(self.peft_config[name], expert, weights) for name in names}
         for layer in self.model.srde.layers.values():

@@ -7,7 +7,10 @@ from torch import nn
 
 
 def prune_adapter(
-    model: nn.Module, sparsity: float, adapter: str = "default", optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    sparsity: float,
+    adapter: str = "default",
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Keeps, in every expert, the values of largest size; parameters, masks and optimizer state shrink together.
 

@@ -54,7 +54,9 @@ def roll_forward(folder: str | os.PathLike[str]) -> None:
     sweep(folder, name=NEXT)
     if not staged.is_dir():
         return
-    for file in sorted(staged.iterdir(), key=lambda f: f.name == SEAL):  # the seal last: until then readers come here
+    for file in sorted(
+        staged.iterdir(), key=lambda f: f.name == SEAL
+    ):  # the seal last: until then readers come here
         if file.name != MANIFEST_NAME:
             file.replace(staged.parent / (MANIFEST_NAME if file.name == SEAL else file.name))
     shutil.rmtree(staged)
@@ -122,7 +124,9 @@ def fingerprint(model: nn.Module) -> list[float] | None:
     """
     tensors: list[Tensor] = []
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    embeddings = getattr(embeddings, "original_module", embeddings)  # under `modules_to_save`: not the trained copy
+    embeddings = getattr(
+        embeddings, "original_module", embeddings
+    )  # under `modules_to_save`: not the trained copy
     if embeddings is not None and isinstance(getattr(embeddings, "weight", None), Tensor):
         tensors.append(embeddings.weight[:64])
     norms = [n for n, p in model.named_parameters() if p.ndim == 1 and n.endswith("weight")]

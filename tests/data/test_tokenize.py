@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+
+from srde.data.rows import Row
+from srde.data.tokenize import IGNORE, prompt_ids, tokenize_row, tokenize_rows
+from srde.errors import DataError
+
+
+def row(prompt: str | None, response: str, line: int = 1) -> Row:
+    turns = [] if prompt is None else [{"role": "user", "content": prompt}]
+    return Row(prompt=turns, response=response, file="f.jsonl", line=line)
+
+
+def trained_text(tokenizer, example) -> str:
+    assert len(example.input_ids) == len(example.labels)
+    assert all(
+        label in (IGNORE, token) for token, label in zip(example.input_ids, example.labels, strict=True)
+    )
+    return tokenizer.decode([label for label in example.labels if label != IGNORE])
+
+
+def test_chat_trains_the_response_and_the_end_of_turn(chat_tokenizer):
+    example = tokenize_row(chat_tokenizer, row("how many?", "the answer is 42"))
+    assert trained_text(chat_tokenizer, example) == "the answer is 42<|im_end|>"
+    assert chat_tokenizer.decode(example.input_ids) == (
+        "<|im_start|>user\nhow many?<|im_end|>\n<|im_start|>assistant\nthe answer is 42<|im_end|>"
+    )
+
+
+def test_the_prompt_is_what_generation_starts_from(chat_tokenizer):
+    a = row("how many?", "42")
+    ids = prompt_ids(chat_tokenizer, a.prompt)
+    example = tokenize_row(chat_tokenizer, a)
+    assert example.input_ids[: len(ids)] == ids
+    assert example.labels[: len(ids)] == [IGNORE] * len(ids)
+    assert IGNORE not in example.labels[len(ids) :]
+
+
+def test_earlier_assistant_turns_are_not_trained(chat_tokenizer):
+    said = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    turns = [{"role": role, "content": text} for role, text in said]
+    example = tokenize_row(chat_tokenizer, Row(prompt=turns, response="d", file="f", line=1))
+    assert trained_text(chat_tokenizer, example) == "d<|im_end|>"
+
+
+@pytest.mark.parametrize("fixture", ["chat_tokenizer", "plain_tokenizer"])
+def test_a_token_across_the_border_does_not_change_the_prompt(fixture, request):
+    tokenizer = request.getfixturevalue(fixture)
+    a = row("what", "\nyes")
+    # The premise: "\n" of the prompt and "\n" of the response make one token when tokenised together.
+    assert len(tokenizer("\n\n", add_special_tokens=False)["input_ids"]) == 1
+    ids = prompt_ids(tokenizer, a.prompt)
+    example = tokenize_row(tokenizer, a)
+    assert example.input_ids[: len(ids)] == ids
+    assert trained_text(tokenizer, example) == "\nyes<|im_end|>"
+
+
+def test_a_template_without_an_ending_gets_the_end_of_sequence(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    example = tokenize_row(tokenizer, row("what", "yes"))
+    assert trained_text(tokenizer, example) == "yes<|im_end|>"
+
+
+def test_without_a_template_prompt_line_break_response_end(plain_tokenizer):
+    example = tokenize_row(plain_tokenizer, row("how many?", "42"))
+    assert plain_tokenizer.decode(example.input_ids) == "how many?\n42<|im_end|>"
+    assert trained_text(plain_tokenizer, example) == "42<|im_end|>"
+    assert plain_tokenizer.decode(prompt_ids(plain_tokenizer, row("how many?", "").prompt)) == "how many?\n"
+
+
+@pytest.mark.parametrize("fixture", ["chat_tokenizer", "plain_tokenizer"])
+def test_plain_text_is_trained_whole(fixture, request):
+    tokenizer = request.getfixturevalue(fixture)
+    example = tokenize_row(tokenizer, row(None, "the answer is yes"))
+    assert trained_text(tokenizer, example) == "the answer is yes<|im_end|>"
+    assert example.labels == example.input_ids
+
+
+def test_a_refusal_of_the_template_names_the_row(make_tokenizer):
+    tokenizer = make_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(
+        DataError, match=r"f\.jsonl:7: messages: the model's chat template refuses them: roles must"
+    ):
+        tokenize_row(tokenizer, row("a", "b", line=7))
+
+
+def test_a_template_whose_prompt_is_no_prefix_is_refused(make_tokenizer, chat_tokenizer):
+    tokenizer = make_tokenizer(chat_tokenizer.chat_template.replace("assistant\n'", "assistant\n<think>'"))
+    with pytest.raises(DataError, match=r"f\.jsonl:3: messages: .* no prefix of the conversation"):
+        tokenize_row(tokenizer, row("a", "b", line=3))
+
+
+def test_a_row_with_every_label_masked_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"f\.jsonl:5: text: leaves no token to train: every label is masked"):
+        # The only token of the text has nothing before it to be predicted from.
+        tokenize_row(tokenizer, row(None, "a", line=5))
+
+
+def test_long_rows_are_dropped_and_counted_never_cut(chat_tokenizer):
+    rows = [row("a", "b"), row("a", "long " * 50), row("a", "c")]
+    short = len(tokenize_row(chat_tokenizer, rows[0]).input_ids)
+    result = tokenize_rows(chat_tokenizer, rows, max_length=short)
+    assert result.dropped == 1
+    assert [trained_text(chat_tokenizer, one) for one in result.examples] == ["b<|im_end|>", "c<|im_end|>"]
+    assert result.trained_tokens == 4
+
+
+def test_nothing_left_names_the_shortest_row_and_the_fix(chat_tokenizer):
+    rows = [row("a", "long " * 50, line=1), row("a", "b", line=2)]
+    length = len(tokenize_row(chat_tokenizer, rows[1]).input_ids)
+    with pytest.raises(
+        DataError, match=rf"f\.jsonl:2: row: .*max_length=4; .* Set --max_length to {length} or more"
+    ):
+        tokenize_rows(chat_tokenizer, rows, max_length=4)
+    assert len(tokenize_rows(chat_tokenizer, rows, max_length=length).examples) == 1  # the advice holds
+
+
+def test_no_rows_are_refused(chat_tokenizer):
+    with pytest.raises(DataError, match="no row to train on"):
+        tokenize_rows(chat_tokenizer, [], max_length=8)

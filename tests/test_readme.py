@@ -1,0 +1,81 @@
+"""Executes the README: its make targets exist, its shell block runs line by line, its Python runs, on a tiny model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny
+
+from srde.data.quickstart import build_quickstart
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home and a working folder as they are after `make quickstart`, with a tiny model in the embedded one's place."""
+    home = tmp_path_factory.mktemp("home")
+    save_tiny(home / ".cache/srde/SmolLM2-135M-Instruct")
+    build_quickstart(home / "runs/quickstart/data", train_per_domain=4, test_per_domain=2, seed=0)
+    bin_folder = home / ".venv/bin"
+    bin_folder.mkdir(parents=True)
+    (bin_folder / "srde").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m srde "$@"\n')
+    (bin_folder / "srde").chmod(0o755)
+    (bin_folder / "activate").write_text(f'export PATH="{bin_folder}:$PATH"\n')
+    return home
+
+
+def run(command, home):
+    env = {
+        **os.environ,
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+    }
+    env.pop("XDG_CACHE_HOME", None)
+    env.pop("SRDE_CACHE", None)
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_two_commands_are_make_targets():
+    commands = [
+        line
+        for block in blocks("README.md", "bash")
+        for line in block.splitlines()
+        if line.startswith("make")
+    ]
+    assert commands == ["make quickstart", "make test"]
+    for command in commands:
+        planned = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+        assert planned.returncode == 0, planned.stderr
+        assert ("srde quickstart" if "quickstart" in command else "-m pytest") in planned.stdout
+
+
+def test_the_shell_block_runs_as_written(home):
+    (block,) = [b for b in blocks("README.md", "bash") if "srde train" in b]
+    out = run(["bash", "-euo", "pipefail", "-c", block], home)
+    assert "adapter: runs/mine" in out and "Held-out rows: base and srde" in out and "expert" in out
+    assert (home / "runs/mine/adapter_model.safetensors").is_file()
+    assert (home / "runs/mine/plots/routing.png").is_file()
+
+
+def test_the_python_block_runs_as_written(home):
+    (block,) = blocks("README.md", "python")
+    out = run([sys.executable, "-c", block], home)
+    assert "trainable params" in out and "torch.Size([2, 8])" in out
+    assert (home / "runs/adapter/adapter_config.json").is_file()
+
+
+def test_every_page_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
+    assert links and all((ROOT / link).is_file() for link in links if not link.startswith("http"))
