@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny
 
 from srde.data.quickstart import build_quickstart
+from tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 

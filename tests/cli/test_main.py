@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tiny import save_tiny
 
 from srde.cli import VERBS, main
 from srde.data.quickstart import build_quickstart
+from tiny import save_tiny
 
 
 def test_help_lists_every_verb(capsys):

@@ -40,7 +40,9 @@ def slow_mlp(block, layout, x_TD, deltas, gates):
             for e in range(delta.num_experts):
                 for m, change in enumerate(slow_dense(delta, e)):
                     dense[m] = dense[m] + gate_TE[t, e] * change
-        pre = [d @ x + (0 if w.bias is None else w.bias) for d, w in zip(dense[:-1], weights[:-1], strict=True)]
+        pre = [
+            d @ x + (0 if w.bias is None else w.bias) for d, w in zip(dense[:-1], weights[:-1], strict=True)
+        ]
         h = getattr(block, layout.act)(pre[0])
         if len(pre) == 2:
             h = h * pre[1]
@@ -69,7 +71,20 @@ def slow_dense(delta, e):
     return out
 
 
-def build(kind, granularity, *, d=6, f=20, experts=4, top_k=2, sparsity=0.2, shared=0, null=False, overlap=False, seed=0):
+def build(
+    kind,
+    granularity,
+    *,
+    d=6,
+    f=20,
+    experts=4,
+    top_k=2,
+    sparsity=0.2,
+    shared=0,
+    null=False,
+    overlap=False,
+    seed=0,
+):
     """A float64 MLP with a random delta and router: block, layout, delta, router."""
     torch.manual_seed(seed)
     block = (Gated(d, f) if kind == "gated" else Plain(d, f)).double()

@@ -9,7 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from srde.core import find_mlps, try_layout
 from srde.core.layout import _fit
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+}
 KV = {"num_key_value_heads": 2, "head_dim": 8}
 MODELS = {
     "llama": SMALL | KV,

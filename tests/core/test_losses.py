@@ -5,7 +5,15 @@ import torch
 from reference import build
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from srde.core import Route, Router, load_balancing_loss, orthogonality_loss, router_z_loss, sparsity_loss
+from srde.core import (
+    Route,
+    Router,
+    load_balancing_loss,
+    orthogonality_loss,
+    router_supervision_loss,
+    router_z_loss,
+    sparsity_loss,
+)
 
 
 def routed(experts=5, top_k=2, tokens=40, **kwargs):
@@ -33,10 +41,14 @@ def test_load_balancing_is_one_when_even_and_e_when_collapsed():
     even = torch.full((6, 3), -20.0)
     even[torch.arange(6), torch.arange(6) % 3] = 20
     gates = torch.nn.functional.one_hot(torch.arange(6) % 3, 3).float()
-    assert load_balancing_loss(Route(even, torch.arange(6).view(6, 1) % 3, gates), 3).item() == pytest.approx(1)
+    assert load_balancing_loss(Route(even, torch.arange(6).view(6, 1) % 3, gates), 3).item() == pytest.approx(
+        1
+    )
     one = torch.tensor([[20.0, -20, -20]]).expand(6, 3)
     gates = torch.tensor([[1.0, 0, 0]]).expand(6, 3)
-    assert load_balancing_loss(Route(one, torch.zeros(6, 1, dtype=torch.long), gates), 3).item() == pytest.approx(3)
+    assert load_balancing_loss(
+        Route(one, torch.zeros(6, 1, dtype=torch.long), gates), 3
+    ).item() == pytest.approx(3)
 
 
 def test_the_null_slot_and_locked_experts_carry_no_load():
@@ -75,7 +87,10 @@ def test_orthogonality_is_the_mean_cosine_between_pairs(granularity, locked):
     keep = [e for e in range(4) if e not in locked]
     sizes = [sum(c.square() for c in (m.flatten() for m in _per_position(delta, e))) for e in keep]
     cosines = [
-        torch.dot(a, b) / (a.norm() * b.norm()) for i, a in enumerate(sizes) for j, b in enumerate(sizes) if i != j
+        torch.dot(a, b) / (a.norm() * b.norm())
+        for i, a in enumerate(sizes)
+        for j, b in enumerate(sizes)
+        if i != j
     ]
     torch.testing.assert_close(orthogonality_loss(delta, locked), sum(cosines) / len(cosines))
     orthogonality_loss(delta, locked).backward()
@@ -117,3 +132,12 @@ def test_sparsity_is_the_mean_magnitude_of_the_open_experts():
     torch.testing.assert_close(sparsity_loss(delta, (1,)), want)
     sparsity_loss(delta, (1,)).backward()
     assert delta.values.grad[:, 1].abs().max() == 0 and delta.values.grad[:, 0].abs().max() > 0
+
+
+def test_router_supervision_is_the_cross_entropy_over_labelled_tokens():
+    router, x = routed(null_expert=True)
+    expert = torch.arange(40) % 6 - 1
+    logits = router(x).logits_TE[:, :5].log_softmax(-1)
+    want = -sum(logits[t, e] for t, e in enumerate(expert.tolist()) if e >= 0) / int((expert >= 0).sum())
+    torch.testing.assert_close(router_supervision_loss(router(x), 5, expert), want)
+    assert router_supervision_loss(router(x), 5, torch.full((40,), -1)).item() == 0

@@ -17,7 +17,9 @@ def test_when_there_are_not_enough_each_expert_fills_up_with_the_best_it_lacks()
     assert all(len(set(row)) == 4 for row in deal(torch.rand(7), 3, 4).tolist())
 
 
-@pytest.mark.parametrize(("sparsity", "size", "want"), [(0.01, 1536, 15), (0.07, 100, 7), (0.001, 64, 1), (1, 64, 64)])
+@pytest.mark.parametrize(
+    ("sparsity", "size", "want"), [(0.01, 1536, 15), (0.07, 100, 7), (0.001, 64, 1), (1, 64, 64)]
+)
 def test_an_expert_rewrites_at_most_its_share_and_at_least_one(sparsity, size, want):
     assert count_rewritten(sparsity, size) == want
 

@@ -56,7 +56,9 @@ def test_in_place_inference_equals_the_recorded_forward(granularity, path):
     x = torch.randn(7, 6, dtype=torch.float64)
     recorded = run(block, layout, x, delta, router(x), path)
     with torch.no_grad():
-        torch.testing.assert_close(run(block, layout, x, delta, router(x), path), recorded, atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            run(block, layout, x, delta, router(x), path), recorded, atol=1e-12, rtol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,7 +93,12 @@ def test_forced_to_one_expert_equals_the_merged_dense_mlp(kind, granularity, pat
 def test_dense_is_the_weighted_sum_of_the_entries(granularity):
     _, _, delta, _ = build("gated", granularity, overlap=True)
     gate_E = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
-    want = [sum(g * part[m] for g, part in zip(gate_E, map(lambda e: slow_dense(delta, e), range(4)), strict=True)) for m in range(3)]
+    want = [
+        sum(
+            g * part[m] for g, part in zip(gate_E, map(lambda e: slow_dense(delta, e), range(4)), strict=True)
+        )
+        for m in range(3)
+    ]
     for got, expected in zip(delta.dense(gate_E), want, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
@@ -136,7 +143,11 @@ def test_a_pruned_delta_equals_the_same_delta_with_the_smallest_values_at_zero(g
     delta.values.data = full
     parameter = delta.values
     delta.shrink(kept)
-    assert delta.values is parameter and delta.values.shape[-1 if granularity == "element" else 2] * 2 == full.shape[-1 if granularity == "element" else 2]
+    assert (
+        delta.values is parameter
+        and delta.values.shape[-1 if granularity == "element" else 2] * 2
+        == full.shape[-1 if granularity == "element" else 2]
+    )
     torch.testing.assert_close(run(block, layout, x, delta, router(x), "grouped"), want, atol=1e-12, rtol=0)
 
 

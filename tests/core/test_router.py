@@ -89,13 +89,18 @@ def test_forcing_reaches_a_locked_expert(x):
 
 
 def test_forced_experts_must_fit_the_tokens(x):
-    with pytest.raises(UsageError, match=r"forced experts=\(7,\): one expert per token is needed, .*30 tokens"):
+    with pytest.raises(
+        UsageError, match=r"forced experts=\(7,\): one expert per token is needed, .*30 tokens"
+    ):
         make()(x, torch.zeros(7, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
     ("experts", "message"),
-    [([4], "locked expert=4: routed experts are numbered 0 to 3"), ([0, 1, 2, 3], "at least one slot must stay open")],
+    [
+        ([4], "locked expert=4: routed experts are numbered 0 to 3"),
+        ([0, 1, 2, 3], "at least one slot must stay open"),
+    ],
 )
 def test_impossible_locks_are_refused(experts, message):
     with pytest.raises(ConfigError, match=message):

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import VOCABULARY, tiny, tiny_tokenizer
 
 from srde import SrdeConfig
 from srde.data.rows import Row
@@ -13,6 +12,7 @@ from srde.data.tokenize import tokenize_row
 from srde.eval.evaluate import ANY, evaluate
 from srde.eval.report import as_json, comparison_table, save_report, total, used_experts
 from srde.infer.generate import generate
+from tiny import VOCABULARY, tiny, tiny_tokenizer
 
 
 def row(domain, prompt, response, line=1, **more):

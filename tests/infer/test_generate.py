@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import VOCABULARY, tiny, tiny_tokenizer
 
 from srde import SrdeConfig
 from srde.infer.generate import generate
+from tiny import VOCABULARY, tiny, tiny_tokenizer
 
 PROMPTS = ["what is 1", "how many are there 2 3 4 5 6 7 8 9", "yes"]
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 from rich.console import Console
-from tiny import save_tiny
 
 from srde.data.domains import DOMAINS
 from srde.errors import UsageError
 from srde.quickstart import default_model
 from srde.quickstart.run import Settings, quickstart
+from tiny import save_tiny
 
 
 def test_the_whole_job_on_a_tiny_model(tmp_path):

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import VOCABULARY, tiny, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from srde import SrdeConfig
 from srde.core import load_balancing_loss, orthogonality_loss, router_z_loss, sparsity_loss
 from srde.errors import UsageError
-from srde.train.losses import NAMES, SrdeLossMixin, keep_float32
+from srde.train.losses import NAMES, SrdeLossMixin, Supervision, keep_float32
 from srde.train.trainer import SrdeTrainer
+from tiny import VOCABULARY, tiny, tiny_tokenizer
 
 COEFS = {
     "router_aux_loss_coef": 0.3,
@@ -164,3 +164,55 @@ def test_the_mixin_brings_the_losses_into_trl(tmp_path):
     own.train()
     logged = own.state.log_history[0]
     assert logged["router_z_loss"] > 0 and logged["router_aux_loss"] > 0
+
+
+def supervised(tmp_path, steps, **settings):
+    """Rows of domains 0, 1 and 5 for four experts: domain 5 belongs to expert 1."""
+    model = adapted(**{name: 0.0 for name in COEFS} | settings)
+    data = rows(6)
+    for row, domain in zip(data, (0, 1, 5, 0, 1, 5), strict=True):
+        row["domain_ids"] = torch.full_like(row["input_ids"], domain)
+    own = trainer(model, tmp_path, data=data, max_steps=3, optim="adamw_torch", remove_unused_columns=False)
+    own.supervision = Supervision(steps, 4)
+    return model, own
+
+
+def test_supervision_trains_only_the_experts_of_the_domains_at_hand(tmp_path):
+    model, own = supervised(tmp_path, steps=3)
+    deltas = [layer.srde_experts["default"] for layer in model.srde.layers.values()]
+    before = [delta.values.detach().clone() for delta in deltas]
+    own.train()
+    for delta, old in zip(deltas, before, strict=True):
+        moved = (delta.values.detach() != old).flatten(2).any(-1).any(0)
+        assert moved.tolist() == [True, True, False, False]
+
+
+def test_after_supervision_tokens_are_routed(tmp_path):
+    model, own = supervised(tmp_path, steps=0)
+    delta = next(iter(model.srde.layers.values())).srde_experts["default"]
+    before = delta.values.detach().clone()
+    own.train()
+    assert (delta.values.detach() != before).flatten(2).any(-1).any(0).count_nonzero() > 2
+
+
+def test_supervision_teaches_the_routers_whose_tokens_are_whose(tmp_path):
+    model, own = supervised(tmp_path, steps=60)
+    own.args.max_steps = 60
+
+    def right():
+        with model.srde.record() as record, torch.no_grad():
+            for row in own.train_dataset[:3]:
+                model(input_ids=row["input_ids"][None])
+        best = torch.stack([slots.view(3, 8, 2)[:, :, 0] for slots, _ in record.layers().values()])
+        return (best == torch.tensor([0, 1, 1]).view(1, 3, 1)).float().mean()
+
+    before = right()
+    own.train()
+    assert before < 0.5 and right() > 0.75
+
+
+def test_evaluation_takes_the_domains_off_the_batch(tmp_path):
+    model, own = supervised(tmp_path, steps=3)
+    batch = {k: torch.stack([r[k] for r in own.train_dataset]) for k in own.train_dataset[0]}
+    plain = {k: v for k, v in batch.items() if k != "domain_ids"}
+    assert torch.equal(own.compute_loss(model.eval(), batch), own.compute_loss(model, plain))

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from srde.artifacts import verify
 from srde.cli import main
 from srde.data.quickstart import build_quickstart
 from srde.tuner.loading import load_adapter
+from tiny import save_tiny
 
 QUICK = [
     "--max_steps",

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import tiny
 
 from srde import SrdeConfig
 from srde.train.schedule import SparsitySchedule
 from srde.tuner.prune import prune_adapter
+from tiny import tiny
 
 
 def test_sparsity_falls_from_the_initial_to_the_target_in_cuts():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import warnings
 
 from srde.errors import SrdeError
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"srde: there is no verb {verb!r}.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
+    # PEFT 0.21 asks by a name that Transformers 5.23 has renamed: nothing that a user could mend
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         return importlib.import_module(f"srde.cli.{verb}").main(argv[1:])
     except SrdeError as error:

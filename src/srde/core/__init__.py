@@ -3,7 +3,13 @@
 from srde.core.delta import Delta, Path, count_rewritten
 from srde.core.element import ElementDelta
 from srde.core.layout import Found, MlpLayout, find_mlps, linear_shape, try_layout
-from srde.core.losses import load_balancing_loss, orthogonality_loss, router_z_loss, sparsity_loss
+from srde.core.losses import (
+    load_balancing_loss,
+    orthogonality_loss,
+    router_supervision_loss,
+    router_z_loss,
+    sparsity_loss,
+)
 from srde.core.masks import deal, gradient_scores, magnitude_scores, random_scores
 from srde.core.neuron import NeuronDelta
 from srde.core.routed import choose_path, contract, expand, routed_mlp
@@ -35,6 +41,7 @@ __all__ = [
     "orthogonality_loss",
     "random_scores",
     "routed_mlp",
+    "router_supervision_loss",
     "router_z_loss",
     "sparsity_loss",
     "try_layout",

@@ -1,4 +1,4 @@
-"""The four auxiliary losses. Each is a mean over layers of a number that does not depend on batch or length.
+"""The auxiliary losses. Each is a mean over layers of a number that does not depend on batch or length.
 
 Letters: T tokens, E experts, K top-k, N things that one expert rewrites, S slots (experts, then the null slot).
 
@@ -8,6 +8,7 @@ A mask [T] says which tokens count; padding does not. Statistics are means over 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from srde.core.delta import Delta
@@ -37,6 +38,21 @@ def router_z_loss(route: Route, mask_T: Tensor | None = None) -> Tensor:
     z_T1 = route.logits_TE.logsumexp(dim=-1, keepdim=True).square()
     weight_T1 = _weight(mask_T, z_T1)
     return (z_T1 * weight_T1).sum() / weight_T1.sum().clamp(min=1)
+
+
+def router_supervision_loss(route: Route, num_routed: int, expert_T: Tensor) -> Tensor:
+    """Cross-entropy of the router's choice with a known one: teaches it whose tokens are whose.
+
+    Args:
+        route: The route, forced or not: the logits are the router's own.
+        num_routed: Routed experts.
+        expert_T: The right expert of each token; -1 where there is none, such as padding.
+    """
+    known = expert_T >= 0
+    logits_TE = route.logits_TE[:, :num_routed]
+    if not known.any():
+        return logits_TE.sum() * 0
+    return F.cross_entropy(logits_TE, expert_T, ignore_index=-1)
 
 
 def orthogonality_loss(delta: Delta, locked: tuple[int, ...] = ()) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from srde.data.tokenize import IGNORE, Example
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Several examples in one row: ids, labels and positions of one length.
+    """Several examples in one row: ids, labels, positions and domain numbers of one length.
 
     Positions restart at 0 with each example, whose first label is `IGNORE`: it would be predicted from the example before.
     """
@@ -32,20 +33,21 @@ class PackedRow:
     input_ids: list[int]
     labels: list[int]
     position_ids: list[int]
+    domain_ids: list[int]
 
 
 def pack(examples: Sequence[Example], *, max_length: int) -> list[PackedRow]:
-    """Packs examples into as few rows of at most `max_length` tokens as best-fit decreasing finds.
+    """Packs examples into rows of at most `max_length` tokens, by best fit: into the fullest row that still has room.
 
-    Longest first, each example goes to the fullest row that still has room for it (at most 22 % more rows than the optimum, and
-    in practice hardly any). The result depends on nothing but the examples and their order.
+    The examples are shuffled first, always in the same way. Packed by falling length, as is usual, or in the file's order, a row
+    would hold examples of one kind, and training on it would lead away from all the others.
 
     Raises:
         DataError: An example is longer than `max_length`.
     """
     rows: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+    for example in Random(0).sample(examples, len(examples)):
         length = len(example.input_ids)
         if length > max_length:
             raise DataError.at(
@@ -67,11 +69,12 @@ def _concatenate(examples: Sequence[Example]) -> PackedRow:
         input_ids=[token for example in examples for token in example.input_ids],
         labels=[label for example in examples for label in (IGNORE, *example.labels[1:])],
         position_ids=[position for example in examples for position in range(len(example.input_ids))],
+        domain_ids=[example.domain_id for example in examples for _ in example.input_ids],
     )
 
 
 def packed_collator(rows: Sequence[PackedRow]) -> dict[str, Any]:
-    """Makes one batch of packed rows: `input_ids`, `labels`, `position_ids` of shape (1, sum of the rows' lengths).
+    """Makes one batch of packed rows: `input_ids`, `labels`, `position_ids`, `domain_ids` of shape (1, sum of the rows' lengths).
 
     Rows are laid end to end instead of padded, so that no padding reaches a routing statistic. Attention grows with the square of
     that length: for more tokens a step, accumulate gradients rather than collate more rows.
@@ -84,6 +87,7 @@ def packed_collator(rows: Sequence[PackedRow]) -> dict[str, Any]:
         "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]]),
         "labels": torch.tensor([[label for row in rows for label in row.labels]]),
         "position_ids": torch.tensor([[position for row in rows for position in row.position_ids]]),
+        "domain_ids": torch.tensor([[domain for row in rows for domain in row.domain_ids]]),
         "use_cache": False,
     }
 
@@ -99,7 +103,7 @@ class PaddedCollator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Returns `input_ids`, `labels`, `attention_mask` of shape (examples, longest length)."""
+        """Returns `input_ids`, `labels`, `attention_mask`, `domain_ids` of shape (examples, longest length)."""
         import torch
 
         longest = max(len(example.input_ids) for example in examples)
@@ -113,6 +117,7 @@ class PaddedCollator:
             "input_ids": padded([example.input_ids for example in examples], self.pad_token_id),
             "labels": padded([example.labels for example in examples], IGNORE),
             "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
+            "domain_ids": padded([[example.domain_id] * len(example.input_ids) for example in examples], -1),
         }
 
 

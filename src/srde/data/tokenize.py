@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from srde.data.domains import number_domains
 from srde.data.rows import Row
 from srde.errors import DataError
 
@@ -21,10 +22,12 @@ class Example:
     """A tokenised row: `input_ids` and `labels` of one length; a label is `IGNORE` or the id at its own place.
 
     The model shifts them: the label at place t is predicted from places before t, so that of place 0 never counts.
+    `domain_id` is the number of the row's domain, -1 without one.
     """
 
     input_ids: list[int]
     labels: list[int]
+    domain_id: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
 
 
 def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int) -> Tokenized:
-    """Tokenises a data set. Rows of more than `max_length` tokens are left out and counted, never cut: a cut response would
+    """Tokenises a data set, and numbers its domains as `number_domains` does. Rows of more than `max_length` tokens are left out and counted, never cut: a cut response would
     teach the model to stop in mid-sentence.
 
     Raises:
@@ -83,7 +86,10 @@ def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, ma
     """
     if not rows:
         raise DataError.at("rows", None, "file", "there is no row to train on: every label would be masked")
-    examples = [tokenize_row(tokenizer, row) for row in rows]
+    numbers = number_domains(row.domain for row in rows)
+    examples = [
+        replace(tokenize_row(tokenizer, row), domain_id=numbers.get(row.domain or "", -1)) for row in rows
+    ]
     kept = [example for example in examples if len(example.input_ids) <= max_length]
     if not kept:
         shortest = min(range(len(rows)), key=lambda index: len(examples[index].input_ids))

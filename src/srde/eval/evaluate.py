@@ -132,7 +132,7 @@ def _losses(
     for first in range(0, len(order), batch_size):
         chunk = order[first : first + batch_size]
         batch = {k: v.to(model.device) for k, v in collate([examples[i] for i in chunk]).items()}
-        labels = batch.pop("labels")
+        labels, _ = batch.pop("labels"), batch.pop("domain_ids")
         with torch.inference_mode():
             if isinstance(routing, Routing):
                 with routing.record() as record:

@@ -86,6 +86,8 @@ def quickstart(settings: Settings, console: Console) -> tuple[Evaluation, Evalua
                 learning_rate=settings.learning_rate,
                 logging_steps=5,
                 seed=settings.seed,
+                supervised_experts=True,
+                expert_pretrain_steps=settings.max_steps // 2,
                 disable_tqdm=True,
             ),
             callbacks=[BarCallback(advance)],

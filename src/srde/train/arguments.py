@@ -73,6 +73,15 @@ class RunArguments(TrainingArguments):
         default=1, metadata={"help": "(Packed) rows per step and device."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    supervised_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "Pre-trains all experts side by side first, every token forced to the expert of its domain."
+        },
+    )
+    expert_pretrain_steps: int = field(
+        default=500, metadata={"help": "Steps that --supervised_experts lasts."}
+    )
     save_strategy: str = field(
         default="no", metadata={"help": "When to write checkpoints beside the final adapter."}
     )
@@ -81,6 +90,13 @@ class RunArguments(TrainingArguments):
         if not self.output_dir:
             raise ConfigError.of(
                 "output_dir", self.output_dir, rule="a run needs a folder to save to", fix="pass --output_dir"
+            )
+        if self.expert_pretrain_steps < 0:
+            raise ConfigError.of(
+                "expert_pretrain_steps",
+                self.expert_pretrain_steps,
+                rule="it must be at least 0",
+                fix="leave --supervised_experts out for none",
             )
         super().__post_init__()
 

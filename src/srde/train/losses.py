@@ -5,12 +5,21 @@ TRL's trainers call the backbone and not the model's own forward, so a loss adde
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from srde.core import Route, load_balancing_loss, orthogonality_loss, router_z_loss, sparsity_loss
+from srde.core import (
+    Route,
+    load_balancing_loss,
+    orthogonality_loss,
+    router_supervision_loss,
+    router_z_loss,
+    sparsity_loss,
+)
 from srde.errors import UsageError
 from srde.tuner import RoutedCall, Routing, SrdeConfig
 
@@ -54,6 +63,26 @@ def auxiliary_losses(
     }
 
 
+@dataclass(frozen=True)
+class Supervision:
+    """Expert pre-training: all experts learn side by side, each token forced to the expert of its domain, while the
+    routers learn from the same labels whose tokens are whose.
+
+    Attributes:
+        steps: Optimizer steps that it lasts.
+        num_experts: Routed experts; domain d belongs to expert d modulo this.
+        coef: Weight of the routers' cross-entropy.
+    """
+
+    steps: int
+    num_experts: int
+    coef: float = 0.1
+
+    def experts(self, domain_ids: Tensor) -> Tensor:
+        """The expert of each token, -1 for tokens without a domain."""
+        return torch.where(domain_ids < 0, domain_ids, domain_ids % self.num_experts)
+
+
 class SrdeLossMixin(_Base):
     """Adds srde's losses to a trainer's own; put it before the trainer's class.
 
@@ -61,11 +90,17 @@ class SrdeLossMixin(_Base):
 
     Works with Transformers' `Trainer` and what derives from it; with a model that has no srde adapter it does nothing.
     Each loss appears in the logs under its name, unweighted.
+
+    Attributes:
+        supervision: Expert pre-training for the first steps, on batches with `domain_ids` (shaped like `input_ids`, -1
+            for none); None for routing from the start.
     """
+
+    supervision: Supervision | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._auxiliary: dict[str, list[float]] = {}
+        self._auxiliary: dict[str, list[Tensor]] = {}
         keep_float32(self.model)
 
     def compute_loss(  # type: ignore[override]
@@ -80,10 +115,12 @@ class SrdeLossMixin(_Base):
         Raises:
             UsageError: Reentrant gradient checkpointing keeps the routers' graph from us.
         """
+        domain_ids = inputs.pop("domain_ids", None)
         routing = getattr(self.accelerator.unwrap_model(model), "srde", None)
         if not isinstance(routing, Routing) or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with routing.record() as record:
+        forced = self._forced(domain_ids)
+        with routing.record() as record, nullcontext() if forced is None else routing.force_experts(forced):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         # as in TRL: with num_items_in_batch the trainer leaves accumulation to the loss, which is a share of the whole
@@ -92,10 +129,23 @@ class SrdeLossMixin(_Base):
         for adapter in {name for _, name in record.calls[0].routes}:
             _require_graph(routing, record.calls[0], adapter)
             config = configs[adapter]
-            for name, value in auxiliary_losses(routing, record.calls[0], config, adapter).items():
-                loss = loss + getattr(config, f"{name}_coef") * value.to(loss) / steps
+            weighted = {
+                name: (getattr(config, f"{name}_coef"), value)
+                for name, value in auxiliary_losses(routing, record.calls[0], config, adapter).items()
+            }
+            if forced is not None and self.supervision is not None:
+                routes = [r for (_, name), r in record.calls[0].routes.items() if name == adapter]
+                losses = [router_supervision_loss(r, config.num_experts, forced.flatten()) for r in routes]
+                weighted["router_supervision_loss"] = self.supervision.coef, torch.stack(losses).mean()
+            for name, (coef, value) in weighted.items():
+                loss = loss + coef * value.to(loss) / steps
                 self._auxiliary.setdefault(name, []).append(value.detach())
         return (loss, outputs) if return_outputs else loss
+
+    def _forced(self, domain_ids: Tensor | None) -> Tensor | None:
+        if domain_ids is None or self.supervision is None or self.state.global_step >= self.supervision.steps:
+            return None
+        return self.supervision.experts(domain_ids)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean of each auxiliary loss since the last call."""

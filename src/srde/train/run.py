@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
 from srde.data.pack import PaddedCollator, pack, packed_collator, packing_is_exact
 from srde.data.rows import read_rows
 from srde.data.tokenize import tokenize_rows
-from srde.errors import ConfigError
+from srde.errors import ConfigError, DataError
 from srde.train.arguments import DataArguments, ModelArguments, RunArguments, starting_config
+from srde.train.losses import Supervision
 from srde.train.schedule import PruneCallback, SparsitySchedule
 from srde.train.trainer import SrdeTrainer
 from srde.tuner.calibrate import calibrate_masks
@@ -76,7 +77,7 @@ def run(
         data_args: The rows.
         experts: An `ExpertArguments`.
         args: Everything that Transformers' trainer takes.
-        callbacks: Further callbacks of that trainer.
+        callbacks: Further callbacks of that trainer; they show the progress then, and no log lines are printed.
 
     Raises:
         SrdeError: A setting, a row or the model breaks a rule; nothing has been written then.
@@ -85,6 +86,10 @@ def run(
     config = starting_config(experts)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     rows = read_rows(data_args.train_file)
+    if args.supervised_experts and all(row.domain is None for row in rows):
+        raise DataError.at(
+            data_args.train_file, None, "domain", "no row has one; --supervised_experts needs them"
+        )
     eval_rows = read_rows(data_args.eval_file) if data_args.eval_file else None
     kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     base = load_base(model_args.model_name_or_path, model_args.dtype, **kwargs)
@@ -109,6 +114,10 @@ def run(
         processing_class=tokenizer,
         callbacks=[PruneCallback(schedule), *callbacks],
     )
+    if callbacks:
+        trainer.remove_callback(PrinterCallback)
+    if args.supervised_experts:
+        trainer.supervision = Supervision(args.expert_pretrain_steps, config.num_experts)
     if config.mask_init == "gradient":
         _calibrate(trainer)
     start = time.perf_counter()
@@ -143,6 +152,8 @@ def _calibrate(trainer: SrdeTrainer) -> None:
     """Chooses the masks on the first few batches of the run's own data."""
     batches = trainer.get_train_dataloader()
     chosen = [batch for batch, _ in zip(batches, range(CALIBRATION_BATCHES), strict=False)]
+    for batch in chosen:
+        batch.pop("domain_ids")
     calibrate_masks(trainer.model, chosen)
 
 

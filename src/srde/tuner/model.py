@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from peft import PeftConfig
@@ -27,7 +28,7 @@ class SrdeModel(BaseTuner):
 
     prefix = "srde_"
     tuner_layer_cls = SrdeLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # ---- putting the layers in ------------------------------------------------------------------------------------
 
