@@ -4,39 +4,10 @@ import pytest
 import torch
 from reference import Gated, Plain
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from srde.core import find_mlps, try_layout
 from srde.core.layout import _fit
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 64,
-}
-KV = {"num_key_value_heads": 2, "head_dim": 8}
-MODELS = {
-    "llama": SMALL | KV,
-    "mistral": SMALL | KV,
-    "ministral3": SMALL | KV,
-    "qwen2": SMALL | {"num_key_value_heads": 2},
-    "qwen3": SMALL | KV,
-    "gemma2": SMALL | KV,
-    "gemma3_text": SMALL | KV,
-    "phi": SMALL,
-    "phi3": SMALL | {"pad_token_id": 0},
-    "gpt_neox": SMALL,
-    "gpt2": {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "vocab_size": 64},
-    "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16},
-}
-GATED = {"llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}
-
-
-def tiny(model_type):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **MODELS[model_type]))
+from tiny import GATED, MODELS, tiny
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -163,6 +163,22 @@ def test_the_masked_path_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(x), step(x))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("forced", [None, 1])
+def test_a_lone_token_uses_its_own_experts_and_equals_the_slow_loop(variant, forced):
+    block, layout, delta, router = build("gated", "neuron", **VARIANTS[variant])
+    for _ in range(5):
+        x = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
+        route = router(x, forced)
+        narrow = forced is None and variant not in ("null", "all")
+        assert (route.only_experts is not None) == narrow
+        fast = run(block, layout, x, delta, route, "masked")
+        slow = slow_mlp(block, layout, x, [delta], [router(x, forced).gate_TE])
+        torch.testing.assert_close(fast, slow, atol=1e-10, rtol=1e-10)
+        got, want = (torch.autograd.grad(y.square().sum(), [x, delta.values]) for y in (fast, slow))
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
 def test_no_tokens_at_all_are_fine():
     block, layout, delta, router = build("gated", "neuron")
     x = torch.zeros(0, 6, dtype=torch.float64)

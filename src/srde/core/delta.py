@@ -111,9 +111,9 @@ class Delta(nn.Module):
         return f"experts={self.num_experts}, values={tuple(self.values.shape)}"
 
 
-def gates_to(gate: Tensor, like: Tensor) -> Tensor:
+def gates_to(gate: Tensor, dtype: torch.dtype) -> Tensor:
     """Gates in the dtype of the activations they multiply."""
-    return gate if gate.dtype == like.dtype else gate.to(like.dtype)
+    return gate if gate.dtype == dtype else gate.to(dtype)
 
 
 def may_write(tensor: Tensor) -> bool:

@@ -56,7 +56,7 @@ class ElementDelta(Delta):
         if path == "masked":
             for e in range(self.num_experts):
                 v_TO = F.linear(in_TI, self._matrix(m, e).to(in_TI.dtype))
-                out_TO = out_TO + (v_TO * gates_to(route.gate_TE[:, e : e + 1], v_TO)).to(out_TO.dtype)
+                out_TO = out_TO + (v_TO * gates_to(route.gate_TE[:, e : e + 1], v_TO.dtype)).to(out_TO.dtype)
             return out_TO
         groups = route.groups
         for e, token_N in enumerate(groups.token_P.split(groups.counts)):
@@ -64,7 +64,7 @@ class ElementDelta(Delta):
                 v_NO = _SparseLinear.apply(
                     in_TI[token_N], self.values[m, e], self.index[m, e], out_TO.shape[1]
                 )
-                v_NO = v_NO * gates_to(route.gate_TE[token_N, e].unsqueeze(1), v_NO)
+                v_NO = v_NO * gates_to(route.gate_TE[token_N, e].unsqueeze(1), v_NO.dtype)
                 out_TO = out_TO.index_add(0, token_N, v_NO.to(out_TO.dtype))
         return out_TO
 

@@ -55,28 +55,40 @@ class NeuronDelta(Delta):
     def expand(self, pre: list[Tensor], x_TD: Tensor, route: Route, path: Path) -> list[Tensor]:
         if path == "grouped":
             return self._expand_grouped(pre, x_TD, route)
-        weight, tokens = self._values_for(x_TD, slice(0, -1)), len(x_TD)
-        gate_TN = gates_to(route.gate_TE, weight).repeat_interleave(self.index.shape[1], dim=1)
+        weight, index_TN, gate_TN = self._rows(x_TD, route, slice(0, -1))
         v_TMN = F.linear(x_TD.to(weight.dtype), weight.reshape(-1, self.hidden_size))
-        v_TMN = v_TMN.view(tokens, self.num_matrices - 1, self.index.numel())
+        v_TMN = v_TMN.view(len(x_TD), self.num_matrices - 1, index_TN.shape[1])
         v_TMN = v_TMN.mul_(gate_TN.unsqueeze(1)) if may_write(v_TMN) else v_TMN * gate_TN.unsqueeze(1)
-        index_TN = self.index.view(1, -1).expand(tokens, -1)
+        v_TMN = v_TMN.to(pre[0].dtype)
         return [_scatter(a_TF, index_TN, v_TMN[:, m]) for m, a_TF in enumerate(pre)]
 
     def contract(self, y_TD: Tensor, h_TF: Tensor, route: Route, path: Path) -> Tensor:
         if path == "grouped":
             return self._contract_grouped(y_TD, h_TF, route)
-        weight = self._values_for(h_TF, slice(-1, None)).reshape(-1, self.hidden_size)
-        gate_TN = gates_to(route.gate_TE, weight).repeat_interleave(self.index.shape[1], dim=1)
+        weight, index_TN, gate_TN = self._rows(h_TF, route, slice(-1, None))
         # gather, not h[:, index]: its backward is a parallel scatter, that of indexing walks column by column
-        h_TN = h_TF.gather(1, self.index.view(1, -1).expand(len(h_TF), -1)).to(weight.dtype)
-        return torch.addmm(y_TD.to(weight.dtype), h_TN * gate_TN, weight).to(y_TD.dtype)
+        h_TN = h_TF.gather(1, index_TN).to(weight.dtype) * gate_TN
+        return torch.addmm(y_TD.to(weight.dtype), h_TN, weight.reshape(-1, self.hidden_size)).to(y_TD.dtype)
 
-    def _values_for(self, activations: Tensor, matrices: slice) -> Tensor:
-        values = self.values[matrices]
+    def _rows(self, activations: Tensor, route: Route, matrices: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """What the masked path multiplies: values [matrices, E, R, D], their neurons [T, E*R] and gates [T, E*R].
+
+        A token that stands alone (decoding) only needs its own experts: reading the others costs more than picking
+        these. In eager code only; both results are the same.
+        """
+        values, dtype = self.values[matrices], activations.dtype
         if len(activations) < CAST_TOKENS and not autocasts(activations):
-            return values.to(torch.promote_types(values.dtype, activations.dtype))
-        return values.to(activations.dtype)
+            dtype = torch.promote_types(values.dtype, dtype)
+        if route.rows is None:
+            index_ER, gate_TE, mine = self.index, gates_to(route.gate_TE, dtype), route.only_experts
+            if mine is not None:
+                index_ER, gate_TE = index_ER.index_select(0, mine), gate_TE.index_select(1, mine)
+            gate_TN = gate_TE.repeat_interleave(index_ER.shape[1], dim=1)
+            route.rows = mine, index_ER.view(1, -1).expand(len(activations), -1), gate_TN
+        mine, index_TN, gate_TN = route.rows
+        if mine is not None:
+            values = values.index_select(1, mine)
+        return values.to(dtype), index_TN, gates_to(gate_TN, dtype)
 
     def _expand_grouped(self, pre: list[Tensor], x_TD: Tensor, route: Route) -> list[Tensor]:
         groups = route.groups
@@ -89,7 +101,7 @@ class NeuronDelta(Delta):
                 for e, x_ND in enumerate(x_PD.split(groups.counts))
             ]
         ).view(len(x_PD), self.num_matrices - 1, self.index.shape[1])
-        v_PMR = v_PMR * gates_to(gate_P1, v_PMR).unsqueeze(1)
+        v_PMR = v_PMR * gates_to(gate_P1, v_PMR.dtype).unsqueeze(1)
         where = (groups.token_P.unsqueeze(1), self.index[groups.expert_P])
         return [
             a_TF.index_put(where, v_PMR[:, m].to(a_TF.dtype), accumulate=True) for m, a_TF in enumerate(pre)
@@ -99,7 +111,7 @@ class NeuronDelta(Delta):
         groups = route.groups
         gate_P1 = route.gate_TE[groups.token_P, groups.expert_P].unsqueeze(1)
         h_PR = h_TF[groups.token_P.unsqueeze(1), self.index[groups.expert_P]]
-        h_PR = h_PR * gates_to(gate_P1, h_PR)
+        h_PR = h_PR * gates_to(gate_P1, h_PR.dtype)
         y_PD = torch.cat(
             [h_NR @ self.values[-1, e].to(h_NR.dtype) for e, h_NR in enumerate(h_PR.split(groups.counts))]
         )
@@ -125,5 +137,4 @@ class NeuronDelta(Delta):
 
 
 def _scatter(a_TF: Tensor, index_TN: Tensor, v_TN: Tensor) -> Tensor:
-    v_TN = v_TN.to(a_TF.dtype)
     return a_TF.scatter_add_(1, index_TN, v_TN) if may_write(a_TF) else a_TF.scatter_add(1, index_TN, v_TN)

@@ -35,7 +35,7 @@ def choose_path(delta: Delta, route: Route, path: Path | None = None) -> Path:
     if isinstance(delta, ElementDelta):
         return "grouped"
     tokens, experts = route.gate_TE.shape
-    chosen = route.slot_TK.shape[1] + experts - route.logits_TE.shape[1]
+    chosen = route.slot_TK.shape[1] + route.num_shared
     saved = (experts - chosen) * delta.index.shape[-1]
     return "grouped" if saved > GROUPING_COST and tokens >= 8 * experts else "masked"
 

@@ -6,8 +6,9 @@ Letters: T tokens, D model width, E experts (routed, then shared), K top-k.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,29 @@ class Route:
         slot_TK: The chosen slots, best first; -1 where a token was forced and has no further choice.
         gate_TE: Weight of each expert, zero where it was not chosen. Columns are the routed experts and
             then the shared ones, whose gate is 1. The null slot has no column: its share is dropped.
+        num_shared: How many of the columns are shared experts.
+        forced: Whether tokens were told their expert.
+        rows: Kept for the delta that the route belongs to: what it works out once and needs twice.
     """
 
     logits_TE: Tensor
     slot_TK: Tensor
     gate_TE: Tensor
+    num_shared: int = 0
+    forced: bool = False
+    rows: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def only_experts(self) -> Tensor | None:
+        """The experts that a lone token uses: its K, and the shared ones. None where there are more tokens, where these are
+        all the experts, or where a slot may be no expert (the null slot; forced tokens)."""
+        tokens, experts = self.gate_TE.shape
+        routed = experts - self.num_shared
+        if tokens != 1 or self.forced or self.slot_TK.shape[1] == routed or self.logits_TE.shape[1] > routed:
+            return None
+        if not self.num_shared:
+            return self.slot_TK[0]
+        return torch.cat([self.slot_TK[0], torch.arange(routed, experts, device=self.slot_TK.device)])
 
     @cached_property
     def groups(self) -> Groups:
@@ -133,7 +152,7 @@ class Router(nn.Module):
             slot_TK, gate_TE = self._force(forced_T, slot_TK, gate_TE)
         if self.num_shared:
             gate_TE = torch.cat([gate_TE, gate_TE.new_ones(len(gate_TE), self.num_shared)], dim=1)
-        return Route(logits_TE, slot_TK, gate_TE)
+        return Route(logits_TE, slot_TK, gate_TE, self.num_shared, forced_T is not None)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)

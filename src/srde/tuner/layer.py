@@ -127,11 +127,12 @@ class SrdeLayer(nn.Module, BaseTunerLayer):
         return experts
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or not self.active_routers():
+        experts = [] if self._disable_adapters else self.route(x)
+        if not experts:
             return self.base_layer(x, *args, **kwargs)
         if not self.layout.tried:
             self._try()
-        return routed_mlp(self.base_layer, self.layout, x, self.route(x), self.routing.path)
+        return routed_mlp(self.base_layer, self.layout, x, experts, self.routing.path)
 
     def _try(self) -> None:
         if self.base_layer is None or next(self.base_layer.parameters()).is_meta:
