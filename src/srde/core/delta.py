@@ -49,6 +49,11 @@ class Delta(nn.Module):
         self.num_experts = num_experts
         self._disjoint: tuple[tuple[int, int], bool] | None = None
 
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """How many places there are that `index` can name."""
+
     @abstractmethod
     def set_masks(self, score: Sequence[Tensor]) -> None:
         """Chooses what each expert rewrites from scores of the base weights, see `srde.core.masks`.

@@ -42,6 +42,10 @@ class ElementDelta(Delta):
         self.values = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
         self.register_buffer("index", torch.zeros(shape, dtype=torch.int32, device=device))
 
+    @property
+    def positions(self) -> int:
+        return self.hidden_size * self.intermediate_size
+
     def set_masks(self, score: Sequence[Tensor]) -> None:
         for m, s in enumerate(score):
             self.index[m].copy_(deal(s.float().flatten(), self.num_experts, self.index.shape[2]))

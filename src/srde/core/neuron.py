@@ -47,6 +47,10 @@ class NeuronDelta(Delta):
         )
         self.register_buffer("index", torch.zeros(num_experts, rewritten, dtype=torch.long, device=device))
 
+    @property
+    def positions(self) -> int:
+        return self.intermediate_size
+
     def set_masks(self, score: Sequence[Tensor]) -> None:
         neuron_F = sum(s.float().sum(dim=1) for s in score[:-1]) + score[-1].float().sum(dim=0)
         assert isinstance(neuron_F, Tensor)

@@ -137,6 +137,8 @@ class Routing:
         """
         forced = experts if isinstance(experts, int) else torch.as_tensor(experts, dtype=torch.long)
         forced = int(forced) if isinstance(forced, Tensor) and forced.ndim == 0 else forced
+        if isinstance(forced, Tensor) and forced.numel() == 0:
+            raise UsageError.of("forced experts", [], rule="there must be at least one", fix="name an expert")
         lowest, highest = (
             (forced, forced) if isinstance(forced, int) else (int(forced.min()), int(forced.max()))
         )

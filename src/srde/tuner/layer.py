@@ -148,7 +148,12 @@ class SrdeLayer(nn.Module, BaseTunerLayer):
 
     def _check_set(self, adapter: str) -> None:
         delta, router, how = self.srde_experts[adapter], self.srde_router[adapter], self._unset[adapter]
-        if (delta.index < 0).any() or torch.isnan(delta.values).any() or torch.isnan(router.weight).any():
+        if (
+            (delta.index < 0).any()
+            or (delta.index >= delta.positions).any()
+            or torch.isnan(delta.values).any()
+            or torch.isnan(router.weight).any()
+        ):
             rule, fix = {
                 "loaded": (
                     "its tensors were to come from a file, and the file did not hold them all",
@@ -162,9 +167,9 @@ class SrdeLayer(nn.Module, BaseTunerLayer):
             raise UsageError.of(f"adapter in {self.name}", adapter, rule=rule, fix=fix)
         del self._unset[adapter]
 
-    def fold(self, adapter: str, gate_E: Tensor, safe: bool) -> None:
-        """Adds ``sum_e gate_e * Delta_e`` to the base's weights, for good."""
-        fold(self.owner(), self.layout, self.name, self.srde_experts[adapter].dense(gate_E), safe)
+    def fold(self, adapter: str, gate_E: Tensor, check_only: bool = False) -> None:
+        """Adds ``sum_e gate_e * Delta_e`` to the base's weights, for good; or only looks whether that gives finite numbers."""
+        fold(self.owner(), self.layout, self.name, self.srde_experts[adapter].dense(gate_E), check_only)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UsageError(MERGE_REFUSED)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from srde.core import MlpLayout, find_mlps
 from srde.errors import ConfigError, UnsupportedModelError, UsageError
 from srde.tuner.config import SrdeConfig
-from srde.tuner.control import Routing
+from srde.tuner.control import Routing, no_adapter
 from srde.tuner.layer import MERGE_REFUSED, SrdeLayer, SrdeLooseDown, SrdeLooseUp
 from srde.tuner.store import check_base, check_tensors, fingerprint
 
@@ -138,11 +138,16 @@ class SrdeModel(BaseTuner):
                 fix="give one of them",
             )
         names = adapter_names or self.active_adapters
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise no_adapter(self.model.srde.layers.values(), unknown[0])
         gates = {name: merge_gates(self.peft_config[name], expert, weights) for name in names}
-        for layer in self.model.srde.layers.values():
-            for name, gate_E in gates.items():
-                if name in layer.srde_experts:
-                    layer.fold(name, gate_E, safe_merge)
+        layers = list(self.model.srde.layers.values())
+        folds = [(layer, name) for layer in layers for name in names if name in layer.srde_experts]
+        if safe_merge:  # all of them before the first is written
+            for layer, name in folds:
+                layer.fold(name, gates[name], check_only=True)
+        for layer, name in folds:
+            layer.fold(name, gates[name])
         return self._take_out(progressbar)
 
     def unload(self) -> nn.Module:

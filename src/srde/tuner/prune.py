@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from srde.errors import ConfigError
+from srde.tuner.control import no_adapter
+
 
 def prune_adapter(
     model: nn.Module,
@@ -21,11 +24,23 @@ def prune_adapter(
         sparsity: The share of the MLP's weights that an expert rewrites afterwards, at most the present one.
         adapter: The adapter's name.
         optimizer: Its state of the pruned parameters (momenta, of the parameters' shape) is pruned alike.
+
+    Raises:
+        ConfigError: The sparsity is not above 0, or above the present one.
+        UsageError: The model has no such adapter.
     """
+    layers = [layer for layer in model.srde.layers.values() if adapter in layer.srde_experts]
+    if not layers:
+        raise no_adapter(model.srde.layers.values(), adapter)
     config = model.peft_config[adapter]
-    for layer in model.srde.layers.values():
-        if adapter not in layer.srde_experts:
-            continue
+    if not 0 < sparsity <= config.current_sparsity:
+        raise ConfigError.of(
+            "sparsity",
+            sparsity,
+            rule=f"pruning leads to less than the present {config.current_sparsity:g}, and above 0",
+            fix="name a smaller share",
+        )
+    for layer in layers:
         delta = layer.srde_experts[adapter]
         kept = delta.prune(sparsity)
         if optimizer is not None:

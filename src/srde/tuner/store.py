@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,12 +55,14 @@ def roll_forward(folder: str | os.PathLike[str]) -> None:
     sweep(folder, name=NEXT)
     if not staged.is_dir():
         return
-    for file in sorted(
-        staged.iterdir(), key=lambda f: f.name == SEAL
-    ):  # the seal last: until then readers come here
+    files = sorted(
+        staged.iterdir(), key=lambda file: file.name == SEAL
+    )  # the seal last: until then readers come here
+    for file in files:
         if file.name != MANIFEST_NAME:
-            file.replace(staged.parent / (MANIFEST_NAME if file.name == SEAL else file.name))
-    shutil.rmtree(staged)
+            with suppress(FileNotFoundError):  # another process is at the same work
+                file.replace(staged.parent / (MANIFEST_NAME if file.name == SEAL else file.name))
+    shutil.rmtree(staged, ignore_errors=True)
 
 
 def seal_adapter(folder: str | os.PathLike[str]) -> None:

@@ -21,11 +21,18 @@ def dense_weights(block: nn.Module, layout: MlpLayout) -> list[Tensor]:
     return [*ups, _weight(getattr(block, layout.down))]
 
 
-def fold(block: nn.Module, layout: MlpLayout, name: str, change: Sequence[Tensor], safe: bool) -> None:
+def fold(block: nn.Module, layout: MlpLayout, name: str, change: Sequence[Tensor], check_only: bool) -> None:
     """Adds dense changes, oriented and ordered as `dense_weights` gives them, to the MLP's weights.
 
+    Args:
+        block: The module whose children the layout names.
+        layout: How the MLP computes.
+        name: The MLP's name, for messages.
+        change: M matrices.
+        check_only: Writes nothing, and raises if a result would not be finite.
+
     Raises:
-        UsageError: The base is quantised (rounding would eat the change), or `safe` and a result is not finite.
+        UsageError: The base is quantised (rounding would eat the change), or a result is not finite.
     """
     ups = list(change[:-1])
     if layout.fused:
@@ -43,13 +50,14 @@ def fold(block: nn.Module, layout: MlpLayout, name: str, change: Sequence[Tensor
             delta = delta.t()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = (weight.data.to(dtype) + delta.to(weight.device, dtype)).to(weight.dtype)
-        if safe and not torch.isfinite(merged).all():
+        if check_only and not torch.isfinite(merged).all():
             raise UsageError.of(
                 f"merged weight of {name}.{child}", "not finite",
                 rule="safe_merge=True folds only finite numbers",
                 fix="find out where training diverged, and use an earlier checkpoint",
             )  # fmt: skip
-        weight.data = merged
+        if not check_only:
+            weight.data = merged
 
 
 def is_quantized(module: nn.Module) -> bool:
