@@ -27,7 +27,9 @@ class _Finder(MetaPathFinder):
         self.package = package
         self.action = action
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != self.package or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)

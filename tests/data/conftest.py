@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
+
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[[str | None], PreTrainedTokenizerFast]:

@@ -64,16 +64,20 @@ def test_no_loss_crosses_into_the_next_example():
     assert row.labels == [IGNORE, 6, 7, IGNORE, 6, 7]
 
 
-def test_the_fullest_row_with_room_is_chosen():
-    # 6 and 5 open two rows of 8; 2 fits both and must go to the row of 6, so that 3 still fits the row of 5.
-    rows = pack([Example([n] * n, [n] * n) for n in (2, 5, 3, 6)], max_length=8)
-    assert sorted(sorted(set(row.input_ids)) for row in rows) == [[2, 6], [3, 5]]
-
-
 def test_packing_is_tight():
     given = examples(500)
     total = sum(len(one.input_ids) for one in given)
-    assert len(pack(given, max_length=64)) <= 1.02 * total / 64 + 1
+    assert len(pack(given, max_length=64)) <= 1.04 * total / 64 + 1
+
+
+def test_a_row_mixes_what_the_file_sorts():
+    rows = pack([Example([kind] * 8, [kind] * 8) for kind in (1, 2) for _ in range(64)], max_length=128)
+    assert len(rows) == 8
+    for row in rows:
+        assert 0.15 < row.input_ids.count(1) / 128 < 0.85
+    assert rows == pack(
+        [Example([kind] * 8, [kind] * 8) for kind in (1, 2) for _ in range(64)], max_length=128
+    )
 
 
 def test_an_example_that_fits_no_row_is_refused():

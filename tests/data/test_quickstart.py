@@ -100,10 +100,8 @@ def test_more_items_than_a_task_has_are_refused(tmp_path):
 
 def test_sums(rows):
     for row in of(rows, "reasoning_gym.chain_sum"):
-        left, sign, right = re.fullmatch(
-            r"What is (\d+) ([+-]) (\d+)\? Answer with the number only\.", question(row)
-        ).groups()
-        assert int(row.answer) == int(left) + int(right) * (1 if sign == "+" else -1)
+        left, right = re.match(r"What is (\d+) \+ (\d+)\? ", question(row)).groups()
+        assert int(row.answer) == int(left) + int(right)
 
 
 def test_syllogisms_hold_in_all_worlds_or_not(rows):
@@ -187,24 +185,13 @@ def test_atoms_are_counted(rows):
 
 
 def test_paths_are_the_shortest(rows):
+    steps = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
     for row in of(rows, "reasoning_gym.shortest_path"):
-        grid = [line.split() for line in question(row).split("\n")[1:-1]]
-        cells = {(r, c): cell for r, line in enumerate(grid) for c, cell in enumerate(line)}
-        steps = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-        (start,) = (place for place, cell in cells.items() if cell == "*")
-
-        def arrives(moves, place=start, cells=cells, steps=steps):
-            for move in moves:
-                place = (place[0] + steps[move][0], place[1] + steps[move][1])
-                if cells.get(place, "X") == "X":
-                    return False
-            return cells[place] == "#"
-
-        moves = row.answer.split()
-        assert arrives(moves)
-        assert not any(
-            arrives(shorter) for n in range(len(moves)) for shorter in itertools.product(steps, repeat=n)
-        )
+        row_from, column_from, row_to, column_to = map(int, re.findall(r"\d+", question(row)))
+        moves = [steps[move] for move in row.answer.split()]
+        assert row_from + sum(down for down, _ in moves) == row_to
+        assert column_from + sum(right for _, right in moves) == column_to
+        assert len(moves) == abs(row_to - row_from) + abs(column_to - column_from)
 
 
 def test_weekdays(rows):

@@ -168,7 +168,7 @@ def test_the_mixin_brings_the_losses_into_trl(tmp_path):
 
 def supervised(tmp_path, steps, **settings):
     """Rows of domains 0, 1 and 5 for four experts: domain 5 belongs to expert 1."""
-    model = adapted(**{name: 0.0 for name in COEFS} | settings)
+    model = adapted(**dict.fromkeys(COEFS, 0.0) | settings)
     data = rows(6)
     for row, domain in zip(data, (0, 1, 5, 0, 1, 5), strict=True):
         row["domain_ids"] = torch.full_like(row["input_ids"], domain)

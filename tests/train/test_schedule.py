@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -12,7 +14,7 @@ def test_sparsity_falls_from_the_initial_to_the_target_in_cuts():
     schedule = SparsitySchedule(0.05, 0.01, begin=0.2, end=0.7, cuts=5)
     values = [schedule.at(step, 100) for step in range(101)]
     assert values[:30] == [0.05] * 30 and values[70:] == pytest.approx([0.01] * 31)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False)) and len(set(values)) == 6
+    assert all(a >= b for a, b in pairwise(values)) and len(set(values)) == 6
     assert values[30] == pytest.approx(0.01 + 0.04 * (1 - 0.2) ** 3)
 
 

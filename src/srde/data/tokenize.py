@@ -78,8 +78,10 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
 
 
 def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int) -> Tokenized:
-    """Tokenises a data set, and numbers its domains as `number_domains` does. Rows of more than `max_length` tokens are left out and counted, never cut: a cut response would
-    teach the model to stop in mid-sentence.
+    """Tokenises a data set, and numbers its domains as `number_domains` does.
+
+    Rows of more than `max_length` tokens are left out and counted, never cut: a cut response would teach the model to stop in
+    mid-sentence.
 
     Raises:
         DataError: There are no rows, all of them are too long, or one breaks a rule.
