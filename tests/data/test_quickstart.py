@@ -184,14 +184,16 @@ def test_atoms_are_counted(rows):
         assert periodictable.formula(formula).atoms[periodictable.elements.name(name)] == int(row.answer)
 
 
-def test_paths_are_the_shortest(rows):
-    steps = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-    for row in of(rows, "reasoning_gym.shortest_path"):
-        row_from, column_from, row_to, column_to = map(int, re.findall(r"\d+", question(row)))
-        moves = [steps[move] for move in row.answer.split()]
-        assert row_from + sum(down for down, _ in moves) == row_to
-        assert column_from + sum(right for _, right in moves) == column_to
-        assert len(moves) == abs(row_to - row_from) + abs(column_to - column_from)
+def test_one_order_meets_all_conditions(rows):
+    for row in of(rows, "srde.order"):
+        told = re.findall(r"(\w+) comes (before|after) (\w+)\.", question(row))
+        pairs = [(a.lower(), b) if word == "before" else (b, a.lower()) for a, word, b in told]
+        possible = [
+            order
+            for order in itertools.permutations(sorted({step for pair in pairs for step in pair}))
+            if all(order.index(before) < order.index(after) for before, after in pairs)
+        ]
+        assert [", ".join(order) for order in possible] == [row.answer]
 
 
 def test_weekdays(rows):

@@ -107,3 +107,20 @@ def test_the_report_shows_both_models_and_writes_its_files(setting, tmp_path):
     results, plot = save_report(tmp_path, experts, base, 4)
     assert json.loads(results.read_text()) == json.loads(json.dumps(as_json(experts, base)))
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and plot.stat().st_size > 10_000
+
+
+def test_speed_is_measured_on_as_many_tokens_for_every_model(setting, monkeypatch):
+    import importlib
+
+    module = importlib.import_module("srde.eval.evaluate")
+    model, tokenizer, rows = setting
+    lengths = []
+
+    def counting(*args, **options):
+        got = generate(*args, **options)
+        lengths.append([a.new_tokens for a in got] if "min_new_tokens" in options else [])
+        return got
+
+    monkeypatch.setattr(module, "generate", counting)
+    result = evaluate(model, tokenizer, rows, max_new_tokens=2)
+    assert result.tokens_per_second > 0 and lengths[-1] == [module.SPEED_TOKENS] * 2

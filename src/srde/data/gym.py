@@ -64,18 +64,6 @@ def _syllogism(entry: dict[str, Any]) -> Item | None:
     return Item(entry["question"], entry["answer"], "exact", {"options": ["Yes", "No"]})
 
 
-def _path(entry: dict[str, Any]) -> Item:
-    grid = entry["metadata"]["matrix"]
-    cells = {cell: (row, column) for row, line in enumerate(grid, 1) for column, cell in enumerate(line, 1)}
-    (row, column), (to_row, to_column) = cells["*"], cells["#"]
-    prompt = (
-        f"A robot stands in row {row}, column {column}. Which moves (up, down, left, right) bring it to "
-        f"row {to_row}, column {to_column}? Answer with the moves only."
-    )
-    # Several ways can be shortest, so the task's own scorer judges; it walks the grid.
-    return Item(prompt, entry["answer"], "reasoning_gym", {"source_dataset": "shortest_path", "matrix": grid})
-
-
 def _weekday(entry: dict[str, Any]) -> Item:
     question = entry["question"].split("? ")[0]
     return Item(f"{question}? Answer with the weekday only.", entry["answer"], "exact")
@@ -89,7 +77,6 @@ def _reversal(entry: dict[str, Any]) -> Item:
 addition = _task("chain_sum", _addition, min_terms=2, max_terms=2, min_digits=2, max_digits=2)
 siblings = _task("aiw", _siblings, task_type_weights=[1, 0, 0], max_entities=9)
 syllogism = _task("syllogism", _syllogism, invalid_ratio=0.5)
-path = _task("shortest_path", _path, min_rows=5, max_rows=5, min_cols=5, max_cols=5, p_blocked=0)
 weekday = _task("calendar_arithmetic", _weekday, tasks=["weekday_offset"], offset_upper_bound=6)
-reversal = _task("word_sequence_reversal", _reversal, min_words=3, max_words=4)
+reversal = _task("word_sequence_reversal", _reversal, min_words=3, max_words=3)
 sequence = _task("number_sequence", _as_asked, max_complexity=1)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from srde.data import gym, programs, science
+from srde.data import gym, programs, schedules, science
 from srde.data.items import Item, Task, drawn
 from srde.errors import ConfigError
 
@@ -23,7 +23,7 @@ _TASKS: dict[str, dict[str, Task]] = {
         "srde.salt_formula": drawn(science.salt_formula),
         "srde.atom_count": drawn(science.atom_count),
     },
-    "planning": {"reasoning_gym.shortest_path": gym.path, "reasoning_gym.calendar_arithmetic": gym.weekday},
+    "planning": {"srde.order": drawn(schedules.order), "reasoning_gym.calendar_arithmetic": gym.weekday},
     "abstract": {
         "reasoning_gym.word_sequence_reversal": gym.reversal,
         "reasoning_gym.number_sequence": gym.sequence,

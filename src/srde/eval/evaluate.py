@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ANY = "(no domain)"
+SPEED_TOKENS = 32
 Progress = Callable[[int], None]
 
 
@@ -52,7 +53,7 @@ class Evaluation:
 
     Attributes:
         domains: Domain -> result, in order of first appearance.
-        tokens_per_second: New tokens per second while answering; None if nothing was asked.
+        tokens_per_second: New tokens per second over one batch of prompts, `SPEED_TOKENS` each; None if nothing was asked.
         answers: Row number -> the text that was scored.
     """
 
@@ -88,13 +89,11 @@ def evaluate(
         if row.prompt and row.answer is not None and is_scorable(row.kind or "")
     ]
     texts: dict[int, str] = {}
-    speeds = []
     for first in range(0, len(asked), 4 * batch_size):
         chunk = asked[first : first + 4 * batch_size]
         prompts = [rows[i].prompt for i in chunk]
         got = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         texts |= {i: answer.text for i, answer in zip(chunk, got, strict=True)}
-        speeds.append((sum(a.new_tokens for a in got), got.tokens_per_second))
         progress(len(chunk))
     scores = {
         i: score(str(rows[i].kind), text, rows[i].answer, rows[i].metadata) for i, text in texts.items()
@@ -111,8 +110,12 @@ def evaluate(
             accuracy=sum(scored) / len(scored) if scored else None,
             load_LE=torch.stack([g for g, _ in loads]).sum(0) / sum(n for _, n in loads) if loads else None,
         )
-    seconds = sum(tokens / speed for tokens, speed in speeds)
-    return Evaluation(domains, sum(t for t, _ in speeds) / seconds if speeds else None, texts)
+    speed = None
+    if asked:  # as many tokens for every model, whatever it has to say: short answers would look slow
+        prompts = [rows[i].prompt for i in asked[:batch_size]]
+        options = {"max_new_tokens": SPEED_TOKENS, "min_new_tokens": SPEED_TOKENS, "batch_size": batch_size}
+        speed = generate(model, tokenizer, prompts, **options).tokens_per_second
+    return Evaluation(domains, speed, texts)
 
 
 def _losses(

@@ -42,7 +42,7 @@ def comparison_table(experts: Evaluation, base: Evaluation | None, num_routed: i
     if experts.tokens_per_second and base and base.tokens_per_second:
         ratio = experts.tokens_per_second / base.tokens_per_second
         table.caption = (
-            f"answering: base {base.tokens_per_second:.0f} tokens/s, srde {experts.tokens_per_second:.0f} tokens/s "
+            f"generating: base {base.tokens_per_second:.0f} tokens/s, srde {experts.tokens_per_second:.0f} tokens/s "
             f"({ratio:.2f}x)"
         )
     return table

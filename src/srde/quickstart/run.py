@@ -40,7 +40,7 @@ class Settings:
 
     output_dir: Path
     model_name_or_path: str | None = None
-    max_steps: int = 140
+    max_steps: int = 120
     train_per_domain: int = 300
     test_per_domain: int = 32
     max_length: int = 1024
@@ -79,7 +79,7 @@ def quickstart(settings: Settings, console: Console) -> tuple[Evaluation, Evalua
         outcome = train(
             ModelArguments(name, dtype=dtype),
             DataArguments(str(files.train), max_length=settings.max_length),
-            ExpertArguments(initial_sparsity=0.02, target_sparsity=0.01),
+            ExpertArguments(num_experts=len(DOMAINS), initial_sparsity=0.02, target_sparsity=0.01),
             RunArguments(
                 output_dir=str(out),
                 max_steps=settings.max_steps,
