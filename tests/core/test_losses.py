@@ -40,15 +40,11 @@ def test_load_balancing_with_padding_equals_transformers_over_k():
 def test_load_balancing_is_one_when_even_and_e_when_collapsed():
     even = torch.full((6, 3), -20.0)
     even[torch.arange(6), torch.arange(6) % 3] = 20
-    gates = torch.nn.functional.one_hot(torch.arange(6) % 3, 3).float()
-    assert load_balancing_loss(Route(even, torch.arange(6).view(6, 1) % 3, gates), 3).item() == pytest.approx(
-        1
-    )
+    by_turns = Route(even, torch.arange(6).view(6, 1) % 3, torch.ones(6, 1), 3)
+    assert load_balancing_loss(by_turns, 3).item() == pytest.approx(1)
     one = torch.tensor([[20.0, -20, -20]]).expand(6, 3)
-    gates = torch.tensor([[1.0, 0, 0]]).expand(6, 3)
-    assert load_balancing_loss(
-        Route(one, torch.zeros(6, 1, dtype=torch.long), gates), 3
-    ).item() == pytest.approx(3)
+    all_first = Route(one, torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1), 3)
+    assert load_balancing_loss(all_first, 3).item() == pytest.approx(3)
 
 
 def test_the_null_slot_and_locked_experts_carry_no_load():

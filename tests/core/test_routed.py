@@ -167,7 +167,7 @@ def test_a_lone_token_uses_its_own_experts_and_equals_the_slow_loop(variant, for
         x = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
         route = router(x, forced)
         narrow = forced is None and variant not in ("null", "all")
-        assert (route.only_experts is not None) == narrow
+        assert (route.lone_experts is not None) == narrow
         fast = run(block, layout, x, delta, route, "masked")
         slow = slow_mlp(block, layout, x, [delta], [router(x, forced).gate_TE])
         torch.testing.assert_close(fast, slow, atol=1e-10, rtol=1e-10)

@@ -59,40 +59,68 @@ class NeuronDelta(Delta):
     def expand(self, pre: list[Tensor], x_TD: Tensor, route: Route, path: Path) -> list[Tensor]:
         if path == "grouped":
             return self._expand_grouped(pre, x_TD, route)
+        if (lone := route.lone_experts) is not None:
+            return self._expand_lone(pre, x_TD, route, *lone)
         weight, index_TN, gate_TN = self._rows(x_TD, route, slice(0, -1))
         v_TMN = F.linear(x_TD.to(weight.dtype), weight.reshape(-1, self.hidden_size))
-        v_TMN = v_TMN.view(len(x_TD), self.num_matrices - 1, index_TN.shape[1])
+        v_TMN = v_TMN.view(len(x_TD), self.num_matrices - 1, self.index.numel())
         v_TMN = v_TMN.mul_(gate_TN.unsqueeze(1)) if may_write(v_TMN) else v_TMN * gate_TN.unsqueeze(1)
         v_TMN = v_TMN.to(pre[0].dtype)
-        return [_scatter(a_TF, index_TN, v_TMN[:, m]) for m, a_TF in enumerate(pre)]
+        return [
+            a_TF.scatter_add_(1, index_TN, v_TMN[:, m])
+            if may_write(a_TF)
+            else a_TF.scatter_add(1, index_TN, v_TMN[:, m])
+            for m, a_TF in enumerate(pre)
+        ]
 
     def contract(self, y_TD: Tensor, h_TF: Tensor, route: Route, path: Path) -> Tensor:
         if path == "grouped":
             return self._contract_grouped(y_TD, h_TF, route)
+        if route.lone_experts is not None:
+            return self._contract_lone(y_TD, h_TF, route)
         weight, index_TN, gate_TN = self._rows(h_TF, route, slice(-1, None))
         # gather, not h[:, index]: its backward is a parallel scatter, that of indexing walks column by column
         h_TN = h_TF.gather(1, index_TN).to(weight.dtype) * gate_TN
         return torch.addmm(y_TD.to(weight.dtype), h_TN, weight.reshape(-1, self.hidden_size)).to(y_TD.dtype)
 
     def _rows(self, activations: Tensor, route: Route, matrices: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """What the masked path multiplies: values [matrices, E, R, D], their neurons [T, E*R] and gates [T, E*R].
-
-        A token that stands alone (decoding) only needs its own experts: reading the others costs more than picking
-        these. In eager code only; both results are the same.
-        """
+        """What the masked path multiplies: values [matrices, E, R, D], their neurons [T, E*R] and gates [T, E*R]."""
         values, dtype = self.values[matrices], activations.dtype
         if len(activations) < CAST_TOKENS and not autocasts(activations):
             dtype = torch.promote_types(values.dtype, dtype)
         if route.rows is None:
-            index_ER, gate_TE, mine = self.index, gates_to(route.gate_TE, dtype), route.only_experts
-            if mine is not None:
-                index_ER, gate_TE = index_ER.index_select(0, mine), gate_TE.index_select(1, mine)
-            gate_TN = gate_TE.repeat_interleave(index_ER.shape[1], dim=1)
-            route.rows = mine, index_ER.view(1, -1).expand(len(activations), -1), gate_TN
-        mine, index_TN, gate_TN = route.rows
-        if mine is not None:
-            values = values.index_select(1, mine)
+            gate_TN = gates_to(route.gate_TE, dtype).repeat_interleave(self.index.shape[1], dim=1)
+            route.rows = self.index.view(1, -1).expand(len(activations), -1), gate_TN
+        index_TN, gate_TN = route.rows
         return values.to(dtype), index_TN, gates_to(gate_TN, dtype)
+
+    # A token that stands alone is the step of decoding, bound by the bytes it reads and by the number of calls: it reads
+    # its own experts only, and the gates multiply what is small.
+
+    def _expand_lone(
+        self, pre: list[Tensor], x_1D: Tensor, route: Route, expert_K: Tensor, gate_K: Tensor
+    ) -> list[Tensor]:
+        values = self.values[:-1].index_select(1, expert_K)
+        index_N = self.index.index_select(0, expert_K).view(-1)
+        dtype = torch.promote_types(values.dtype, x_1D.dtype)
+        gate_K1 = gates_to(gate_K, dtype).unsqueeze(1)
+        route.rows = expert_K, index_N, gate_K1
+        v = values.view(-1, self.hidden_size).to(dtype).mv(x_1D[0].to(dtype)).view(values.shape[:3]) * gate_K1
+        v_MN = v.to(pre[0].dtype).view(len(pre), -1)
+        if may_write(pre[0]):
+            for a_1F, v_N in zip(pre, v_MN, strict=True):
+                a_1F.view(-1).index_add_(0, index_N, v_N)
+            return pre
+        return [a.view(-1).index_add(0, index_N, v).view(1, -1) for a, v in zip(pre, v_MN, strict=True)]
+
+    def _contract_lone(self, y_1D: Tensor, h_1F: Tensor, route: Route) -> Tensor:
+        expert_K, index_N, gate_K1 = route.rows
+        weight_ND = self.values[-1].index_select(0, expert_K).view(-1, self.hidden_size)
+        h_N = (h_1F[0].index_select(0, index_N).to(gate_K1.dtype).view(len(expert_K), -1) * gate_K1).view(
+            1, -1
+        )
+        y = h_N @ weight_ND.to(h_N.dtype)
+        return y_1D.add_(y) if may_write(y_1D) else (y_1D + y).to(y_1D.dtype)
 
     def _expand_grouped(self, pre: list[Tensor], x_TD: Tensor, route: Route) -> list[Tensor]:
         groups = route.groups
@@ -138,7 +166,3 @@ class NeuronDelta(Delta):
 
     def usage(self) -> tuple[Tensor, Tensor]:
         return self.index, self.values.square().sum(dim=(0, 3))
-
-
-def _scatter(a_TF: Tensor, index_TN: Tensor, v_TN: Tensor) -> Tensor:
-    return a_TF.scatter_add_(1, index_TN, v_TN) if may_write(a_TF) else a_TF.scatter_add(1, index_TN, v_TN)

@@ -30,35 +30,30 @@ def choose_path(delta: Delta, route: Route, path: Path | None = None) -> Path:
     """
     if path is not None:
         return path
-    if torch.compiler.is_compiling() or route.gate_TE.is_meta:
+    if torch.compiler.is_compiling() or route.logits_TE.is_meta:
         return "masked"
     if isinstance(delta, ElementDelta):
         return "grouped"
-    tokens, experts = route.gate_TE.shape
-    chosen = route.slot_TK.shape[1] + route.num_shared
-    saved = (experts - chosen) * delta.index.shape[-1]
-    return "grouped" if saved > GROUPING_COST and tokens >= 8 * experts else "masked"
+    tokens, top_k = route.slot_TK.shape
+    saved = (route.num_routed - top_k) * delta.index.shape[-1]
+    return "grouped" if saved > GROUPING_COST and tokens >= 8 * route.num_routed else "masked"
 
 
 def expand(
-    pre: list[Tensor], x: Tensor, experts: Sequence[tuple[Delta, Route]], path: Path | None = None
+    pre: list[Tensor], x_TD: Tensor, experts: Sequence[tuple[Delta, Route]], path: Path | None = None
 ) -> list[Tensor]:
-    """Adds the deltas of every adapter to the pre-activations; shapes as in `Delta.expand`, leading axes kept."""
-    x_TD = x.reshape(-1, x.shape[-1])
-    flat = [a.reshape(-1, a.shape[-1]) for a in pre]
+    """Adds the deltas of every adapter to the pre-activations [T, F]; see `Delta.expand`."""
     for delta, route in experts:
-        flat = delta.expand(flat, x_TD, route, choose_path(delta, route, path))
-    return [a_TF.view(a.shape) for a_TF, a in zip(flat, pre, strict=True)]
+        route.path = choose_path(delta, route, path)
+        pre = delta.expand(pre, x_TD, route, route.path)
+    return pre
 
 
-def contract(
-    y: Tensor, h: Tensor, experts: Sequence[tuple[Delta, Route]], path: Path | None = None
-) -> Tensor:
-    """Adds the deltas of every adapter to the MLP's output; shapes as in `Delta.contract`, leading axes kept."""
-    h_TF, y_TD = h.reshape(-1, h.shape[-1]), y.reshape(-1, y.shape[-1])
+def contract(y_TD: Tensor, h_TF: Tensor, experts: Sequence[tuple[Delta, Route]]) -> Tensor:
+    """Adds the deltas of every adapter to the MLP's output [T, D], on the paths that `expand` took; see `Delta.contract`."""
     for delta, route in experts:
-        y_TD = delta.contract(y_TD, h_TF, route, choose_path(delta, route, path))
-    return y_TD.view(y.shape)
+        y_TD = delta.contract(y_TD, h_TF, route, route.path)
+    return y_TD
 
 
 def routed_mlp(
@@ -80,10 +75,11 @@ def routed_mlp(
     Returns:
         [..., D], in the base's dtype. With zero deltas, the base's very bits.
     """
-    pre = expand(layout.expand(block, x), x, experts, path)
+    x_TD = x.reshape(-1, x.shape[-1])
+    pre = expand(layout.expand(block, x_TD), x_TD, experts, path)
     if layout.fused:
         # halves of one tensor again, as in the base: an activation's last bits depend on how its input lies in memory
         pre = list(torch.cat(pre, dim=-1).chunk(2, dim=-1))
-    h = layout.activate(block, pre)
-    y = contract(getattr(block, layout.down)(h), h, experts, path)
-    return layout.finish(block, y)
+    h_TF = layout.activate(block, pre)
+    y_TD = contract(getattr(block, layout.down)(h_TF), h_TF, experts)
+    return layout.finish(block, y_TD.view(x.shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,31 +25,59 @@ class Route:
         logits_TE: Router logits over the slots (routed experts, then the null slot if there is one),
             float32 or wider; locked slots hold minus infinity.
         slot_TK: The chosen slots, best first; -1 where a token was forced and has no further choice.
-        gate_TE: Weight of each expert, zero where it was not chosen. Columns are the routed experts and
-            then the shared ones, whose gate is 1. The null slot has no column: its share is dropped.
-        num_shared: How many of the columns are shared experts.
+        share_TK: The weight of each, in the same order; they add up to 1.
+        num_routed: How many experts are routed.
+        num_shared: How many more are shared: always on, with gate 1.
         forced: Whether tokens were told their expert.
-        rows: Kept for the delta that the route belongs to: what it works out once and needs twice.
+        path: The compute path that the route's delta takes, set when it starts.
+        rows: Kept for that delta: what it works out once and needs twice.
     """
 
     logits_TE: Tensor
     slot_TK: Tensor
-    gate_TE: Tensor
+    share_TK: Tensor
+    num_routed: int
     num_shared: int = 0
     forced: bool = False
+    path: Literal["masked", "grouped"] = field(default="masked", repr=False, compare=False)
     rows: Any = field(default=None, repr=False, compare=False)
+    _gate_TE: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
-    def only_experts(self) -> Tensor | None:
-        """The experts that a lone token uses: its K, and the shared ones. None where there are more tokens, where these are
-        all the experts, or where a slot may be no expert (the null slot; forced tokens)."""
-        tokens, experts = self.gate_TE.shape
-        routed = experts - self.num_shared
-        if tokens != 1 or self.forced or self.slot_TK.shape[1] == routed or self.logits_TE.shape[1] > routed:
+    def gate_TE(self) -> Tensor:
+        """Weight of each expert, zero where it was not chosen: [T, routed and then shared experts]. The null slot has no
+        column: its share is dropped. Made at the first call; a lone token does without."""
+        if self._gate_TE is None:
+            zero_TE = torch.zeros_like(self.logits_TE)
+            gate_TE = zero_TE.scatter_add(1, self.slot_TK.clamp(min=0), self.share_TK)[:, : self.num_routed]
+            if self.num_shared:
+                gate_TE = torch.cat([gate_TE, gate_TE.new_ones(len(gate_TE), self.num_shared)], dim=1)
+            self._gate_TE = gate_TE
+        return self._gate_TE
+
+    @property
+    def lone_experts(self) -> tuple[Tensor, Tensor] | None:
+        """The experts [N] of a token that stands alone (decoding), its own and the shared ones, and their gates [N].
+
+        None where there are more tokens, where these are all the experts, or where a slot may be no expert (the null slot;
+        forced tokens).
+        """
+        tokens, top_k = self.slot_TK.shape
+        if (
+            tokens != 1
+            or self.forced
+            or top_k == self.num_routed
+            or self.logits_TE.shape[1] > self.num_routed
+        ):
             return None
-        if not self.num_shared:
-            return self.slot_TK[0]
-        return torch.cat([self.slot_TK[0], torch.arange(routed, experts, device=self.slot_TK.device)])
+        slot_N, share_N = self.slot_TK[0], self.share_TK[0]
+        if self.num_shared:
+            every = torch.arange(self.num_routed, self.num_routed + self.num_shared, device=slot_N.device)
+            slot_N, share_N = (
+                torch.cat([slot_N, every]),
+                torch.cat([share_N, share_N.new_ones(self.num_shared)]),
+            )
+        return slot_N, share_N
 
     @cached_property
     def groups(self) -> Groups:
@@ -145,14 +173,9 @@ class Router(nn.Module):
         logits_TE = self._logits(x_TD)
         top_TK, slot_TK = logits_TE.topk(self.top_k, dim=-1)
         share_TK = top_TK.softmax(dim=-1)
-        gate_TE = torch.zeros_like(logits_TE).scatter(1, slot_TK, share_TK)
-        if self.null_expert:
-            gate_TE = gate_TE[:, : self.num_experts]
         if forced_T is not None:
-            slot_TK, gate_TE = self._force(forced_T, slot_TK, gate_TE)
-        if self.num_shared:
-            gate_TE = torch.cat([gate_TE, gate_TE.new_ones(len(gate_TE), self.num_shared)], dim=1)
-        return Route(logits_TE, slot_TK, gate_TE, self.num_shared, forced_T is not None)
+            slot_TK, share_TK = self._force(forced_T, slot_TK, share_TK)
+        return Route(logits_TE, slot_TK, share_TK, self.num_experts, self.num_shared, forced_T is not None)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -166,7 +189,7 @@ class Router(nn.Module):
             logits_TE = logits_TE.index_fill(1, locked, float("-inf"))
         return logits_TE
 
-    def _force(self, forced_T: Tensor | int, slot_TK: Tensor, gate_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _force(self, forced_T: Tensor | int, slot_TK: Tensor, share_TK: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(forced_T, int):
             forced_T = slot_TK.new_full((len(slot_TK),), forced_T)
         if forced_T.shape != (len(slot_TK),):
@@ -176,10 +199,9 @@ class Router(nn.Module):
                 fix="pass one expert, one per sequence, or one per token of the batch as it is fed",
             )  # fmt: skip
         free_T1 = (forced_T < 0).unsqueeze(1)
-        only_TK = torch.full_like(slot_TK, -1)
-        only_TK[:, 0] = forced_T
-        one_TE = F.one_hot(forced_T.clamp(min=0), self.num_experts).to(gate_TE.dtype)
-        return torch.where(free_T1, slot_TK, only_TK), torch.where(free_T1, gate_TE, one_TE)
+        only_TK, whole_TK = torch.full_like(slot_TK, -1), torch.zeros_like(share_TK)
+        only_TK[:, 0], whole_TK[:, 0] = forced_T, 1
+        return torch.where(free_T1, slot_TK, only_TK), torch.where(free_T1, share_TK, whole_TK)
 
 
 def autocasts(tensor: Tensor) -> bool:

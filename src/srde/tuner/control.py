@@ -78,7 +78,7 @@ class RoutingRecord:
 
     def _add(self, layer: str, adapter: str, route: Route, mask: Tensor | None) -> None:
         if self._complete or (layer, adapter) in self.calls[-1].routes:
-            tokens = len(route.gate_TE)
+            tokens = len(route.slot_TK)
             self.calls.append(RoutedCall(mask_T=_last_columns(mask, tokens)))
             self._complete = False
         self.calls[-1].routes[layer, adapter] = route

@@ -115,15 +115,14 @@ class SrdeLayer(nn.Module, BaseTunerLayer):
     def route(self, x: Tensor) -> Experts:
         """Routes the tokens of `x` [..., D] for every active adapter."""
         experts: Experts = []
-        x_TD = x.reshape(-1, x.shape[-1])
+        routers, forced = self.srde_router, self.routing.forced_for(x)
         for adapter in self.active_adapters:
-            if adapter not in self.srde_router:
-                continue
-            if adapter in self._unset:
-                self._check_set(adapter)
-            route = self.srde_router[adapter](x_TD, self.routing.forced_for(x))
-            self.routing.note(self.name, adapter, route)
-            experts.append((self.srde_experts[adapter], route))
+            if adapter in routers:
+                if adapter in self._unset:
+                    self._check_set(adapter)
+                route = routers[adapter](x.reshape(-1, x.shape[-1]), forced)
+                self.routing.note(self.name, adapter, route)
+                experts.append((self.srde_experts[adapter], route))
         return experts
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -200,11 +199,9 @@ class SrdeLooseUp(SrdeLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         a = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or not self.active_routers():
-            self.pending = []
-            return a
-        self.pending = self.route(x)
-        return expand([a], x, self.pending, self.routing.path)[0]
+        self.pending = [] if self._disable_adapters else self.route(x)
+        a_TF, x_TD = a.reshape(-1, a.shape[-1]), x.reshape(-1, x.shape[-1])
+        return expand([a_TF], x_TD, self.pending, self.routing.path)[0].view(a.shape)
 
 
 class SrdeLooseDown(nn.Module, BaseTunerLayer):
@@ -228,7 +225,7 @@ class SrdeLooseDown(nn.Module, BaseTunerLayer):
         up = self.up[0]
         y = self.base_layer(h, *args, **kwargs)
         experts, up.pending = up.pending, []
-        return contract(y, h, experts, up.routing.path) if experts else y
+        return contract(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), experts).view(y.shape)
 
     def unmerge(self) -> None:
         """Nothing is ever merged in place."""
