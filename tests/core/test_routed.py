@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import build, slow_dense, slow_mlp
 
-from srde.core import Route, contract, expand, routed_mlp
+from srde.core import NeuronDelta, Route, Router, choose_path, contract, expand, routed_mlp
 
 KINDS = ["gated", "plain"]
 GRANULARITIES = ["neuron", "element"]
@@ -189,3 +189,20 @@ def test_split_calls_equal_the_whole():
     experts: list[tuple[object, Route]] = [(delta, router(x))]
     h = block.act(expand([block.fc_in(x)], x, experts)[0])
     torch.testing.assert_close(contract(block.fc_out(h), h, experts), routed_mlp(block, layout, x, experts))
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "tokens", "recording", "want"),
+    [
+        (60, 512, False, "masked"),
+        (70, 512, False, "grouped"),
+        (70, 512, True, "masked"),
+        (200, 512, True, "grouped"),
+        (200, 8, False, "masked"),
+    ],
+)
+def test_the_path_follows_the_cost_rule(rewritten, tokens, recording, want):
+    delta, router = NeuronDelta(4, 1000, 3, 8, rewritten / 1000), Router(4, 8, 2)
+    with torch.set_grad_enabled(recording):
+        assert choose_path(delta, router(torch.randn(tokens, 4))) == want
+        assert choose_path(delta, router(torch.randn(tokens, 4)), "grouped") == "grouped"

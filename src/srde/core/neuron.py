@@ -66,12 +66,17 @@ class NeuronDelta(Delta):
         v_TMN = v_TMN.view(len(x_TD), self.num_matrices - 1, self.index.numel())
         v_TMN = v_TMN.mul_(gate_TN.unsqueeze(1)) if may_write(v_TMN) else v_TMN * gate_TN.unsqueeze(1)
         v_TMN = v_TMN.to(pre[0].dtype)
-        return [
-            a_TF.scatter_add_(1, index_TN, v_TMN[:, m])
-            if may_write(a_TF)
-            else a_TF.scatter_add(1, index_TN, v_TMN[:, m])
-            for m, a_TF in enumerate(pre)
-        ]
+        return [self._add_at(a_TF, index_TN, v_TMN[:, m]) for m, a_TF in enumerate(pre)]
+
+    def _add_at(self, a_TF: Tensor, index_TN: Tensor, v_TN: Tensor) -> Tensor:
+        """Adds columns; where no gradient is recorded, in place."""
+        if not may_write(a_TF):
+            return a_TF.scatter_add(1, index_TN, v_TN)
+        if (
+            self.disjoint()
+        ):  # in bf16 a scatter_add works on a float32 copy of all of `a_TF`, a plain copy does not
+            return a_TF.index_copy_(1, self.index.view(-1), a_TF.gather(1, index_TN).add_(v_TN))
+        return a_TF.scatter_add_(1, index_TN, v_TN)
 
     def contract(self, y_TD: Tensor, h_TF: Tensor, route: Route, path: Path) -> Tensor:
         if path == "grouped":

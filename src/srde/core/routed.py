@@ -15,9 +15,11 @@ from srde.core.element import ElementDelta
 from srde.core.layout import MlpLayout
 from srde.core.router import Route
 
-# Measured by benchmarks/overhead.py on CPU: sorting tokens by expert and moving their rows about costs as much as this
-# many rewritten neurons per token in one product of all experts.
+# Measured by benchmarks/overhead.py on CPU (SmolLM2, 4 %: 366 saved rows per token): sorting tokens by expert and moving
+# their rows about costs as much as this many rewritten neurons per token in one product of all experts; with gradients,
+# where each move is made again backwards, about three times that.
 GROUPING_COST = 384
+GROUPING_COST_WITH_GRADIENTS = 1152
 
 
 def choose_path(delta: Delta, route: Route, path: Path | None = None) -> Path:
@@ -25,8 +27,9 @@ def choose_path(delta: Delta, route: Route, path: Path | None = None) -> Path:
 
     masked computes all E experts for every token: per token E*R rows, static shapes, no look at values on the host.
     grouped computes the K chosen ones: K*R rows and a fixed cost for sorting, gathering and scattering rows. So grouped
-    pays when ``(E - K) * R > GROUPING_COST``, with enough tokens that each expert has a group. Single entries have no
-    small dense product: there, masked costs E times the base, and is only for code that must be compiled.
+    pays when ``(E - K) * R`` exceeds that cost, `GROUPING_COST` rows or, where gradients are recorded,
+    `GROUPING_COST_WITH_GRADIENTS`, with enough tokens that each expert has a group. Single entries have no small dense
+    product: there, masked costs E times the base, and is only for code that must be compiled.
     """
     if path is not None:
         return path
@@ -36,7 +39,8 @@ def choose_path(delta: Delta, route: Route, path: Path | None = None) -> Path:
         return "grouped"
     tokens, top_k = route.slot_TK.shape
     saved = (route.num_routed - top_k) * delta.index.shape[-1]
-    return "grouped" if saved > GROUPING_COST and tokens >= 8 * route.num_routed else "masked"
+    cost = GROUPING_COST_WITH_GRADIENTS if torch.is_grad_enabled() else GROUPING_COST
+    return "grouped" if saved > cost and tokens >= 8 * route.num_routed else "masked"
 
 
 def expand(
