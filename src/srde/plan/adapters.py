@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from srde.core import Path, Route, choose_path, linear_shape
+from srde.core import Path, Router, choose_path, linear_shape
 from srde.tuner import SrdeConfig, SrdeLayer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 def attach_srde(base: PreTrainedModel, config: SrdeConfig, sparsity: float) -> PeftModel:
     """Attaches an srde adapter at a sparsity to a base on the meta device."""
-    return get_peft_model(base, replace(config, sparsity=sparsity, layers_to_transform=config.layers_to_transform))
+    return get_peft_model(base, replace(config, sparsity=sparsity))
 
 
 def attach_lora(base: PreTrainedModel, rank: int, projections: dict[str, nn.Module]) -> PeftModel:
@@ -35,9 +35,7 @@ def attach_lora(base: PreTrainedModel, rank: int, projections: dict[str, nn.Modu
 
 def mlp_projections(base: nn.Module, layers: Iterable[SrdeLayer]) -> dict[str, nn.Module]:
     """The linear layers of the MLPs that carry experts, by their names in the bare base."""
-    names = (
-        f"{layer.name}.{child}" for layer in layers for child in (*layer.layout.ups, layer.layout.down)
-    )
+    names = (f"{layer.name}.{child}" for layer in layers for child in (*layer.layout.ups, layer.layout.down))
     return {name: base.get_submodule(name) for name in names}
 
 
@@ -54,14 +52,12 @@ def srde_layers(model: nn.Module) -> list[SrdeLayer]:
 
 def own_path(layers: list[SrdeLayer], tokens: int) -> Path:
     """The compute path that the layers choose by themselves for this many tokens; asked of the rule itself."""
-    layer = layers[0]
-    router, delta = layer.srde_router["default"], layer.srde_experts["default"]
-    route = Route(
-        logits_TE=torch.empty(tokens, len(router.weight)),
-        slot_TK=torch.empty(tokens, router.top_k),
-        gate_TE=torch.empty(tokens, delta.num_experts),
+    router = layers[0].srde_router["default"]
+    twin = Router(
+        1, router.num_experts, router.top_k, null_expert=router.null_expert, num_shared=router.num_shared
     )
-    return choose_path(delta, route)
+    with torch.no_grad():
+        return choose_path(layers[0].srde_experts["default"], twin(torch.zeros(tokens, 1)))
 
 
 def file_bytes(model: PeftModel) -> int:
@@ -92,4 +88,6 @@ def optimizer_bytes(parameters: list[nn.Parameter], name: str) -> int:
         twin.grad = torch.empty_like(twin)
     optimizer = OPTIMIZERS[name](twins)
     optimizer.step()
-    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    return sum(
+        t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)
+    )

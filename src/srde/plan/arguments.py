@@ -21,16 +21,25 @@ class PlanArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub id, folder or config.json of a model."})
     batch_size: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "Sequences at once: served, or per device in training."}
+        default_factory=lambda: [1],
+        metadata={"help": "Sequences at once: served, or per device in training."},
     )
     max_length: list[int] = field(
-        default_factory=lambda: [2048], metadata={"help": "Tokens per sequence: the context, or the row trained on."}
+        default_factory=lambda: [1024],
+        metadata={"help": "Tokens per sequence: the context, or the row trained on."},
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Type of activations, and of weights that are not quantised."}
     )
-    optimizer: Literal["adamw", "adafactor"] = field(default="adamw", metadata={"help": "Optimizer of the adapter."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Shows the totals of training with it."})
+    optimizer: Literal["adamw", "adafactor"] = field(
+        default="adamw", metadata={"help": "Optimizer of the adapter."}
+    )
+    packing: bool = field(
+        default=True, metadata={"help": "Training rows hold several sequences each, as in srde train."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Shows the totals of training with it."}
+    )
     bnb_4bit_use_double_quant: bool = field(default=False, metadata={"help": "Quantises NF4's scales too."})
     json: str | None = field(default=None, metadata={"help": "File for all figures, in bytes and FLOPs."})
 
@@ -57,7 +66,9 @@ def parse(argv: Sequence[str]) -> tuple[PlanArguments, Request]:
         ConfigError: A flag is unknown (the message names the nearest), or a value breaks its rule.
     """
     parser = HfArgumentParser((PlanArguments, ExpertArguments), prog="srde plan", allow_abbrev=False)
-    arguments, experts, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    arguments, experts, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True
+    )
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
@@ -78,4 +89,5 @@ def as_request(arguments: PlanArguments, experts: Any) -> Request:
         lengths=tuple(arguments.max_length),
         optimizer=arguments.optimizer,
         double_quant=arguments.bnb_4bit_use_double_quant,
+        packing=arguments.packing,
     )

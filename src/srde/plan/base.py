@@ -10,7 +10,13 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -39,7 +45,10 @@ def read_config(name: str) -> PreTrainedConfig:
         name = str(_check_file(path, name))
     elif name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError.of(
-            FIELD, name, rule="there is no such file or folder", fix="check the path; it starts where the command is run"
+            FIELD,
+            name,
+            rule="there is no such file or folder",
+            fix="check the path; it starts where the command is run",
         )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -94,7 +103,10 @@ def check_length(config: PreTrainedConfig, lengths: Sequence[int]) -> None:
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and max(lengths) > most:
         raise ConfigError.of(
-            "max_length", max(lengths), rule=f"the model has positions for {most} tokens", fix=f"use {most} or less"
+            "max_length",
+            max(lengths),
+            rule=f"the model has positions for {most} tokens",
+            fix=f"use {most} or less",
         )
 
 
@@ -107,14 +119,20 @@ def _check_file(path: Path, name: str) -> Path:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError.of(
-            FIELD, name, rule="the folder holds no config.json", fix="name a model's folder, or the file itself"
+            FIELD,
+            name,
+            rule="the folder holds no config.json",
+            fix="name a model's folder, or the file itself",
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         where = f"{file}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(file)
         raise ConfigError.of(
-            FIELD, where, rule=f"it is not JSON: {_first_line(error)}", fix="name a model's config.json, whole and unedited"
+            FIELD,
+            where,
+            rule=f"it is not JSON: {_first_line(error)}",
+            fix="name a model's config.json, whole and unedited",
         ) from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise ConfigError.of(
@@ -126,4 +144,7 @@ def _check_file(path: Path, name: str) -> Path:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".") if isinstance(error, StrictDataclassError) else lines[0].rstrip(".")
+    count = (
+        2 if isinstance(error, StrictDataclassError) else 1
+    )  # its first line names the field, the second the rule
+    return " ".join(lines[:count]).rstrip(".")

@@ -19,6 +19,7 @@ class Run:
         path: The compute path that srde chooses by itself for so many tokens; None for what is not srde.
         kv_bytes: The KV cache, full.
         prefill_peak_bytes: The most that is alive in a prefill, KV cache included.
+        decode_flops: Per decoded token, with `length` tokens before it; an adapter's on top of the base's.
         step: A training step; None for the bare base.
         checkpointed_step: A training step with gradient checkpointing.
     """
@@ -28,6 +29,7 @@ class Run:
     path: str | None
     kv_bytes: int
     prefill_peak_bytes: int
+    decode_flops: int
     step: Step | None = None
     checkpointed_step: Step | None = None
 
@@ -41,8 +43,8 @@ class Base:
         parameters: All of them, towers of other modalities included.
         weights: In each format.
         prefill_flops: Per token, one figure per run.
-        decode_flops: Per token with the run's length as context, one figure per run.
-        decode_bytes: Weights read per token at batch 1: the text decoder and the head, without the embedding table.
+        decode_bytes: Weights read for a token that is decoded alone, at batch 1: those of the text decoder and the head,
+            without the embedding table.
         mlps: MLPs that carry experts.
         hidden_size: Of these.
         intermediate_size: Of these.
@@ -54,7 +56,6 @@ class Base:
     parameters: int
     weights: Weights
     prefill_flops: list[int]
-    decode_flops: list[int]
     decode_bytes: int
     mlps: int
     hidden_size: int
@@ -78,9 +79,7 @@ class Adapter:
         optimizer_bytes: Of the optimizer's state.
         flops: Extra per token: LoRA's, or srde's with the masked path.
         flops_grouped: Extra per token with srde's grouped path.
-        decode_bytes: Extra bytes read per token at batch 1: LoRA's, or srde's with the masked path.
-        decode_bytes_grouped: The same with srde's grouped path.
-        decode_path: The compute path that srde chooses by itself when it decodes at batch 1.
+        decode_bytes: Extra bytes read for a token that is decoded alone, at batch 1.
         runs: One per batch size and length.
     """
 
@@ -95,8 +94,6 @@ class Adapter:
     flops: int
     flops_grouped: int | None
     decode_bytes: int
-    decode_bytes_grouped: int | None
-    decode_path: str | None
     runs: list[Run]
 
 
@@ -122,7 +119,11 @@ class Plan:
         steps, all gradients are there and no activation is; a fused optimizer needs nothing more."""
         step = run.checkpointed_step if checkpointing else run.step
         assert step is not None
-        return self._held(adapter, weights) + adapter.optimizer_bytes + max(step.peak_bytes, adapter.gradient_bytes)
+        return (
+            self._held(adapter, weights)
+            + adapter.optimizer_bytes
+            + max(step.peak_bytes, adapter.gradient_bytes)
+        )
 
     def _held(self, adapter: Adapter | None, weights: str) -> int:
         unpacked = self.base.weights.unpacked if weights != "plain" else 0

@@ -62,10 +62,21 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
 
+def vector_flops(matrix: Any, _vector: Any, *_: Any, **__: Any) -> int:
+    """A multiplication and an addition per number of the matrix."""
+    return 2 * matrix[0] * matrix[1]
+
+
+# What PyTorch's counter does not know.
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten.mv: vector_flops,
+}
+
+
 def count_flops(run: Callable[[], object]) -> int:
     """FLOPs of the matrix products, convolutions and attention in a run; element-wise operations are not counted."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -120,14 +131,16 @@ class Step:
     peak_bytes: int
 
 
-def train_step(model: nn.Module, batch: int, length: int) -> Step:
+def train_step(model: nn.Module, batch: int, length: int, packing: bool) -> Step:
     """Measures a step on `batch` rows of `length` tokens, with the language modelling loss on all of them.
 
+    With packing the rows lie end to end, as `srde train` collates them; without, they are of one length and unpadded.
     The auxiliary losses are left out: they keep a few numbers per token and expert, where a layer keeps several per
     token and neuron.
     """
     model.train()
-    ids = torch.zeros(batch, length, dtype=torch.long)
+    shape = (1, batch * length) if packing else (batch, length)
+    ids = torch.zeros(shape, dtype=torch.long)
     with LiveBytes(model) as live:
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         activation_bytes = live.now

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from srde.core import Path
 from srde.errors import ConfigError
 from srde.plan.adapters import (
     attach_lora,
@@ -52,6 +53,7 @@ class Request:
         lengths: Tokens per sequence: the context served, or the row trained on.
         optimizer: A name in `srde.plan.adapters.OPTIMIZERS`.
         double_quant: Whether NF4's scales are quantised too.
+        packing: Whether training rows are packed, as `srde train` does by default.
 
     Raises:
         ConfigError: A batch size or length is below 1.
@@ -61,14 +63,17 @@ class Request:
     adapter: SrdeConfig
     dtype: torch.dtype = torch.bfloat16
     batch_sizes: tuple[int, ...] = (1,)
-    lengths: tuple[int, ...] = (2048,)
+    lengths: tuple[int, ...] = (1024,)
     optimizer: str = "adamw"
     double_quant: bool = False
+    packing: bool = True
 
     def __post_init__(self) -> None:
         for field, values in (("batch_size", self.batch_sizes), ("max_length", self.lengths)):
             if min(values) < 1:
-                raise ConfigError.of(field, min(values), rule="it must be a whole number of at least 1", fix="use 1 or more")
+                raise ConfigError.of(
+                    field, min(values), rule="it must be a whole number of at least 1", fix="use 1 or more"
+                )
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -103,6 +108,7 @@ def make_plan(request: Request, say: Callable[[str], None] = lambda _: None) -> 
         "dtype": str(request.dtype).removeprefix("torch."),
         "optimizer": request.optimizer,
         "bnb_4bit_use_double_quant": request.double_quant,
+        "packing": request.packing,
     }
     return Plan(request.model_name_or_path, settings, base, adapters)
 
@@ -115,20 +121,19 @@ def plan_base(fresh: Callable[[], PreTrainedModel], request: Request, say: Calla
     parameters = sum(p.numel() for p in model.parameters())
     weights = weigh(model, request.dtype, request.double_quant)
     decode_bytes = read_per_token(model)
-    runs, prefill_flops, decode = [], [], []
-    with shadow_of(model):
+    runs, prefill_flops = [], []
+    with shadow_of(model, request.packing):
         for batch, length in request.sizes:
             say(f"base, {batch} x {length}")
             filled = prefill(model, batch, length)
             prefill_flops.append(filled.flops // (batch * length))
-            decode.append(decode_flops(model, filled.cache, batch) // batch)
-            runs.append(Run(batch, length, None, filled.kv_bytes, filled.peak_bytes))
+            decode = decode_flops(model, filled.cache, batch) // batch
+            runs.append(Run(batch, length, None, filled.kv_bytes, filled.peak_bytes, decode))
     return Base(
         architecture=type(model).__name__,
         parameters=parameters,
         weights=weights,
         prefill_flops=prefill_flops,
-        decode_flops=decode,
         decode_bytes=decode_bytes,
         mlps=len(layers),
         hidden_size=layout.hidden_size,
@@ -139,42 +144,49 @@ def plan_base(fresh: Callable[[], PreTrainedModel], request: Request, say: Calla
 
 
 def plan_srde(
-    fresh: Callable[[], PreTrainedModel], request: Request, sparsity: float, base: Base, say: Callable[[str], None]
+    fresh: Callable[[], PreTrainedModel],
+    request: Request,
+    sparsity: float,
+    base: Base,
+    say: Callable[[str], None],
 ) -> Adapter:
     """Measures srde at a sparsity.
 
-    The grouped path works on as many experts per token as a token has, so of the experts' part of the masked path's
-    bytes that share is left, (top_k + shared) / (experts + shared). Its FLOPs are two per value used. With a null
-    expert both are upper bounds.
+    The grouped path multiplies by the experts of each token only, (top_k + shared) of (experts + shared): two FLOPs per
+    value used. With a null expert that is an upper bound. A token decoded alone reads the share of the experts that it
+    multiplies by.
     """
     model = attach_srde(fresh(), request.adapter, sparsity)
-    layers = srde_layers(model)
-    routers = sum(layer.srde_router["default"].weight.numel() for layer in layers)
-    values = sum(layer.srde_experts["default"].values.numel() for layer in layers)
-    config = request.adapter
-    share = (config.top_k + config.num_shared_experts) / config.experts_in_all
-    router_bytes = sum(tensor_bytes(layer.srde_router["default"]) for layer in layers)
-    expert_bytes = sum(tensor_bytes(layer.srde_experts["default"]) for layer in layers)
-    figures = _fixed(model, request, base)
-    rewritten = layers[0].srde_experts["default"].index.shape[-1]
-    decode_path = own_path(layers, 1)
-    flops, runs = _measured(model, request, base, layers, lambda size: say(f"srde {sparsity:.3%}, {size}"))
+    layers, config = srde_layers(model), request.adapter
+    routers = [layer.srde_router["default"] for layer in layers]
+    experts = [layer.srde_experts["default"] for layer in layers]
+    gates, values = sum(r.weight.numel() for r in routers), sum(e.values.numel() for e in experts)
+    gate_bytes, expert_bytes = sum(map(tensor_bytes, routers)), sum(map(tensor_bytes, experts))
+    figures, rewritten = _fixed(model, request, base), experts[0].index.shape[-1]
+    flops, alone, runs = _measured(
+        model, request, base, layers, lambda size: say(f"srde {sparsity:.3%}, {size}")
+    )
+    grouped = round(2 * (gates + values * (config.top_k + config.num_shared_experts) / config.experts_in_all))
+    if config.granularity == "element":  # the stand-in for its sparse product is dense
+        alone, runs = grouped, [replace(run, decode_flops=grouped) for run in runs]
     return Adapter(
         kind="srde",
         sparsity=sparsity,
         rank=rewritten,
         **figures,
         flops=flops,
-        flops_grouped=round(2 * (routers + share * values)),
-        decode_bytes=router_bytes + expert_bytes,
-        decode_bytes_grouped=round(router_bytes + share * expert_bytes),
-        decode_path=decode_path,
+        flops_grouped=grouped,
+        decode_bytes=round(gate_bytes + expert_bytes * (alone / 2 - gates) / values),
         runs=runs,
     )
 
 
 def plan_lora(
-    fresh: Callable[[], PreTrainedModel], request: Request, like: Adapter, base: Base, say: Callable[[str], None]
+    fresh: Callable[[], PreTrainedModel],
+    request: Request,
+    like: Adapter,
+    base: Base,
+    say: Callable[[str], None],
 ) -> Adapter:
     """Measures the LoRA on the same projections whose size comes nearest to an srde adapter's."""
     bare = fresh()
@@ -183,7 +195,7 @@ def plan_lora(
     rank = nearest_rank(like.trainable_parameters, projections)
     model = attach_lora(bare, rank, projections)
     figures = _fixed(model, request, base)
-    flops, runs = _measured(model, request, base, [], lambda size: say(f"LoRA of rank {rank}, {size}"))
+    flops, _, runs = _measured(model, request, base, [], lambda size: say(f"LoRA of rank {rank}, {size}"))
     return Adapter(
         kind="lora",
         sparsity=like.sparsity,
@@ -192,8 +204,6 @@ def plan_lora(
         flops=flops,
         flops_grouped=None,
         decode_bytes=figures["adapter_bytes"],
-        decode_bytes_grouped=None,
-        decode_path=None,
         runs=runs,
     )
 
@@ -220,25 +230,34 @@ def _fixed(model: PeftModel, request: Request, base: Base) -> dict[str, int]:
 
 def _measured(
     model: PeftModel, request: Request, base: Base, layers: list[SrdeLayer], say: Callable[[str], None]
-) -> tuple[int, list[Run]]:
-    """Extra FLOPs per token with the masked path, and a run per batch size and length with srde's own path."""
+) -> tuple[int, int, list[Run]]:
+    """Extra FLOPs per token with the masked path, and for a token decoded alone; and a run per batch size and length with
+    srde's own path."""
     inner = model.get_base_model()
-    runs = []
     paths = [own_path(layers, batch * length) if layers else None for batch, length in request.sizes]
-    with shadow_of(model):
-        for (batch, length), path in zip(request.sizes, paths, strict=True):
+    decode_paths = [own_path(layers, batch) if layers else None for batch, _ in request.sizes]
+    runs = []
+    with shadow_of(model, request.packing):
+        _set_path(inner, "masked" if layers else None)
+        batch, length = request.sizes[0]
+        flops = prefill(inner, batch, length).flops // (batch * length) - base.prefill_flops[0]
+        alone = decode_flops(inner, prefill(inner, 1, length).cache, 1) - base.runs[0].decode_flops
+        for i, (batch, length) in enumerate(request.sizes):
             say(f"{batch} x {length}")
-            if layers:
-                inner.srde.path = path
+            _set_path(inner, paths[i])
             filled = prefill(inner, batch, length)
             inner.activation_checkpointing_disable()
-            step = train_step(inner, batch, length)
+            step = train_step(inner, batch, length, request.packing)
             inner.activation_checkpointing_enable({"use_reentrant": False})
+            checkpointed = train_step(inner, batch, length, request.packing)
+            _set_path(inner, decode_paths[i])
+            decode = decode_flops(inner.eval(), filled.cache, batch) // batch - base.runs[i].decode_flops
             runs.append(
-                Run(batch, length, path, filled.kv_bytes, filled.peak_bytes, step, train_step(inner, batch, length))
+                Run(batch, length, paths[i], filled.kv_bytes, filled.peak_bytes, decode, step, checkpointed)
             )
-        batch, length = request.sizes[-1]
-        if layers and path != "masked":
-            inner.srde.path = "masked"
-            filled = prefill(inner, batch, length)
-    return filled.flops // (batch * length) - base.prefill_flops[-1], runs
+    return flops, alone, runs
+
+
+def _set_path(model: PreTrainedModel, path: Path | None) -> None:
+    if path is not None:
+        model.srde.path = path

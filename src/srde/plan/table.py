@@ -43,11 +43,13 @@ def headline(plan: Plan) -> str:
     base, s = plan.base, plan.settings
     shared = f" + {s['num_shared_experts']} shared" if s["num_shared_experts"] else ""
     null = ", null expert" if s["null_expert"] else ""
+    packed = ", packed rows" if s["packing"] else ""
+    sparsity = " -> ".join(dict.fromkeys(map(_percent, (s["initial_sparsity"], s["target_sparsity"]))))
     return (
         f"{plan.model}\n{base.architecture}: {_short(base.parameters)} parameters, "
         f"{base.mlps} MLPs of {base.num_matrices} matrices {base.hidden_size} x {base.intermediate_size}\n"
         f"srde: {s['num_experts']}{shared} experts, top {s['top_k']}{null}, by {s['granularity']}, "
-        f"{_percent(s['initial_sparsity'])} -> {_percent(s['target_sparsity'])}; {s['dtype']}, {s['optimizer']}"
+        f"{sparsity}; {s['dtype']}, {s['optimizer']}{packed}"
     )
 
 
@@ -66,7 +68,7 @@ def as_table(plan: Plan, checkpointing: bool) -> Table:
     for title, rows in (
         ("Size", _size_rows(plan, size)),
         (f"Per token, {flops.prefix}FLOP", _flop_rows(plan, flops)),
-        (f"Read per decoded token, {size.prefix}B", _read_rows(plan, size)),
+        (f"Decoding alone reads, {size.prefix}B", _read_rows(plan, size)),
         (f"To serve, {size.prefix}B", _serve_rows(plan, size)),
         (f"To train, {size.prefix}B", _train_rows(plan, size, checkpointing)),
     ):
@@ -82,28 +84,36 @@ Rows = Iterable[list[str]]
 
 def _size_rows(plan: Plan, size: Unit) -> Rows:
     adapters = plan.adapters
-    yield ["parameters", _short(plan.base.parameters), *(f"+{_short(a.trainable_parameters)}" for a in adapters)]
-    yield ["% of the base", EMPTY, *(_digits(100 * a.trainable_parameters / plan.base.parameters) for a in adapters)]
+    yield [
+        "parameters",
+        _short(plan.base.parameters),
+        *(f"+{_short(a.trainable_parameters)}" for a in adapters),
+    ]
+    yield [
+        "% of the base",
+        EMPTY,
+        *(_digits(100 * a.trainable_parameters / plan.base.parameters) for a in adapters),
+    ]
     yield [f"adapter on disk, {size.prefix}B", EMPTY, *(size(a.file_bytes) for a in adapters)]
 
 
 def _flop_rows(plan: Plan, unit: Unit) -> Rows:
     base, adapters = plan.base, plan.adapters
-    for run, prefill, decode in zip(base.runs, base.prefill_flops, base.decode_flops, strict=True):
+    for run, prefill in zip(base.runs, base.prefill_flops, strict=True):
         if run.batch_size == base.runs[0].batch_size:
             yield [f"prefill of {run.length}", unit(prefill), *[""] * len(adapters)]
-            yield [f"decode at {run.length}", unit(decode), *[""] * len(adapters)]
-    yield ["extra (srde: masked path)", "", *(unit.extra(a.flops) for a in adapters)]
-    yield ["extra, grouped path", "", *(unit.extra(a.flops_grouped) for a in adapters)]
+    yield [" extra (srde: masked path)", "", *(unit.extra(a.flops) for a in adapters)]
+    yield [" extra, grouped path", "", *(unit.extra(a.flops_grouped) for a in adapters)]
     for i, run in enumerate(base.runs):
-        yield [f"path in prefill {_shape(run)}", "", *(a.runs[i].path or EMPTY for a in adapters)]
+        yield [f" path taken, {_shape(run)}", "", *(a.runs[i].path or EMPTY for a in adapters)]
+    for i, run in enumerate(base.runs):
+        extra = (unit.extra(a.runs[i].decode_flops) for a in adapters)
+        yield [f"decode after {_shape(run)}", unit(run.decode_flops), *extra]
 
 
 def _read_rows(plan: Plan, size: Unit) -> Rows:
-    adapters = plan.adapters
-    yield ["weights (srde: masked path)", size(plan.base.decode_bytes), *(size.extra(a.decode_bytes) for a in adapters)]
-    yield ["weights, grouped path", "", *(size.extra(a.decode_bytes_grouped) for a in adapters)]
-    yield ["path in decode, batch 1", "", *(a.decode_path or EMPTY for a in adapters)]
+    base, adapters = plan.base, plan.adapters
+    yield ["weights", size(base.decode_bytes), *(size.extra(a.decode_bytes) for a in adapters)]
 
 
 def _serve_rows(plan: Plan, size: Unit) -> Rows:
@@ -158,5 +168,6 @@ def _short(count: int) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits or more, so that what is printed is off by less than 0.5 %."""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+    """Three digits or more."""
+    places = next((places for least, places in ((1000, 0), (100, 1), (1, 2), (0.1, 3)) if value >= least), 4)
+    return f"{value:.{places}f}"
