@@ -41,8 +41,9 @@ def test_a_folded_mixture_is_the_model_with_these_gates_for_every_token(model_ty
         router = layer.srde_router["default"]
 
         def fixed(x_TD, forced_T, router=router):
-            gate_TE = torch.tensor([*gates, 1.0], dtype=x_TD.dtype).expand(len(x_TD), -1)
-            return Route(router._logits(x_TD), torch.zeros(len(x_TD), 2, dtype=torch.long), gate_TE)
+            share_TK = torch.tensor(gates, dtype=x_TD.dtype).expand(len(x_TD), -1)
+            slot_TK = torch.arange(4).expand(len(x_TD), -1)
+            return Route(router._logits(x_TD), slot_TK, share_TK, num_routed=4, num_shared=1)
 
         monkeypatch.setattr(router, "forward", fixed)
     want = model(tokens()).logits
