@@ -72,9 +72,8 @@ class NeuronDelta(Delta):
         """Adds columns; where no gradient is recorded, in place."""
         if not may_write(a_TF):
             return a_TF.scatter_add(1, index_TN, v_TN)
-        if (
-            self.disjoint()
-        ):  # in bf16 a scatter_add works on a float32 copy of all of `a_TF`, a plain copy does not
+        if not torch.compiler.is_compiling() and self.disjoint():
+            # a scatter_add in bf16 works on a float32 copy of all of `a_TF`; this does not
             return a_TF.index_copy_(1, self.index.view(-1), a_TF.gather(1, index_TN).add_(v_TN))
         return a_TF.scatter_add_(1, index_TN, v_TN)
 
