@@ -124,7 +124,7 @@ def test_training_lowers_the_loss(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--max_stepz", "3"], "argument='--max_stepz': there is no such flag. did you mean --max_steps?"),
+        (["--max_stepz", "3"], "argument='--max_stepz': srde train has no such flag. the nearest is --max_steps."),
         (["--top_k", "4"], "top_k=4: a token can use at most num_experts=3 experts"),
         (["--target_sparsity", "0.5"], "target_sparsity=0.5: training prunes, so the target cannot lie above"),
         (["--layers_to_transform", "7"], "layers_to_transform=[7]: layer 7 has no MLP; the model has them in layers 0 to 1"),

@@ -110,14 +110,15 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NI: Tensor, value_N: Tensor, index_N: Tensor, num_outputs: int) -> Tensor:  # type: ignore[no-untyped-def]
         dtype = torch.promote_types(x_NI.dtype, torch.float32)
-        row, col = index_N.long().div(x_NI.shape[1], rounding_mode="floor"), index_N.long() % x_NI.shape[1]
-        ctx.save_for_backward(x_NI, value_N, row, col)
+        row, col = _place(index_N, x_NI.shape[1])
+        ctx.save_for_backward(x_NI, value_N, index_N)  # int32, a quarter of row and col
         ctx.num_outputs = num_outputs
         return (_csr(row, col, value_N.to(dtype), (num_outputs, x_NI.shape[1])) @ x_NI.t().to(dtype)).t()
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-        x_NI, value_N, row, col = ctx.saved_tensors
+        x_NI, value_N, index_N = ctx.saved_tensors
+        row, col = _place(index_N, x_NI.shape[1])
         order = col.argsort(stable=True)
         transposed = _csr(
             col[order], row[order], value_N[order].to(grad_NO.dtype), (x_NI.shape[1], ctx.num_outputs)
@@ -126,6 +127,12 @@ class _SparseLinear(torch.autograd.Function):
         # one dense product and a look-up: faster on CPU than a sampled product at 1-4 % of the entries
         grad_value = (grad_NO.t() @ x_NI.to(grad_NO.dtype))[row, col].to(value_N.dtype)
         return grad_x, grad_value, None, None
+
+
+def _place(index_N: Tensor, num_inputs: int) -> tuple[Tensor, Tensor]:
+    """Row and column of flat positions."""
+    index_N = index_N.long()
+    return index_N.div(num_inputs, rounding_mode="floor"), index_N % num_inputs
 
 
 def _csr(row: Tensor, col: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:

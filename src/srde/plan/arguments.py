@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
@@ -10,8 +9,8 @@ from typing import Any, Literal, get_type_hints
 import torch
 from transformers import HfArgumentParser
 
-from srde.errors import ConfigError
 from srde.plan.plan import SETTINGS, Request
+from srde.train.arguments import refuse_unknown
 from srde.tuner import SrdeConfig
 
 
@@ -69,13 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[PlanArguments, Request]:
     arguments, experts, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True
     )
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        raise ConfigError.of(
-            "argument", unknown[0], rule="srde plan has no such flag",
-            fix=f"the nearest is {close[0]}" if close else "see srde plan --help",
-        )  # fmt: skip
+    refuse_unknown("plan", unknown, [flag for action in parser._actions for flag in action.option_strings])
     return arguments, as_request(arguments, experts)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
@@ -141,16 +140,15 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunA
         list(argv), return_remaining_strings=True
     )
     flags = [option for action in parser._actions for option in action.option_strings]
-    refuse_unknown(unknown, flags)
+    refuse_unknown("train", unknown, flags)
     return model, data, experts, run
 
 
-def refuse_unknown(unknown: Sequence[str], flags: Sequence[str]) -> None:
-    """Raises for the first argument that no flag took, with the nearest flag there is."""
+def refuse_unknown(verb: str, unknown: Sequence[str], flags: Sequence[str]) -> None:
+    """Raises for the first argument that no flag of a verb took, with the nearest flag there is."""
     if unknown:
-        name = re.split("=", unknown[0])[0]
-        close = difflib.get_close_matches(name, flags, n=1)
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         raise ConfigError.of(
-            "argument", unknown[0], rule="there is no such flag",
-            fix=f"did you mean {close[0]}?" if close else "see srde train --help",
+            "argument", unknown[0], rule=f"srde {verb} has no such flag",
+            fix=f"the nearest is {close[0]}" if close else f"see srde {verb} --help",
         )  # fmt: skip
