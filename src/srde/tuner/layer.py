@@ -29,7 +29,19 @@ from srde.tuner.weights import dense_weights, fold
 Experts = list[tuple[Delta, Route]]
 
 
-class SrdeLayer(nn.Module, BaseTunerLayer):
+class _Wrapper(nn.Module, BaseTunerLayer):
+    """Stands in the place of `base_layer`: what it does not have itself is looked up there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+class SrdeLayer(_Wrapper):
     """An MLP block with experts.
 
     Tensors are named ``srde_experts.<adapter>.values``, ``srde_experts.<adapter>.index`` and
@@ -50,14 +62,6 @@ class SrdeLayer(nn.Module, BaseTunerLayer):
         self._unset: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     def add_adapter(self, adapter: str, config: SrdeConfig) -> None:
         """Builds the adapter's router and zero deltas, and chooses the masks unless they come from a file."""
@@ -204,7 +208,7 @@ class SrdeLooseUp(SrdeLayer):
         return expand([a_TF], x_TD, self.pending, self.routing.path)[0].view(a.shape)
 
 
-class SrdeLooseDown(nn.Module, BaseTunerLayer):
+class SrdeLooseDown(_Wrapper):
     """The F -> D matrix that belongs to a `SrdeLooseUp`: adds the delta for the tokens just routed there."""
 
     def __init__(self, base_layer: nn.Module, up: SrdeLooseUp) -> None:
@@ -212,14 +216,6 @@ class SrdeLooseDown(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.up = (up,)
         self.merged_adapters = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         up = self.up[0]
