@@ -80,7 +80,7 @@ class NeuronDelta(Delta):
     def contract(self, y_TD: Tensor, h_TF: Tensor, route: Route, path: Path) -> Tensor:
         if path == "grouped":
             return self._contract_grouped(y_TD, h_TF, route)
-        if route.lone_experts is not None:
+        if route.lone:
             return self._contract_lone(y_TD, h_TF, route)
         weight, index_TN, gate_TN = self._rows(h_TF, route, slice(-1, None))
         # gather, not h[:, index]: its backward is a parallel scatter, that of indexing walks column by column
@@ -104,26 +104,27 @@ class NeuronDelta(Delta):
     def _expand_lone(
         self, pre: list[Tensor], x_1D: Tensor, route: Route, expert_K: Tensor, gate_K: Tensor
     ) -> list[Tensor]:
-        values = self.values[:-1].index_select(1, expert_K)
+        values_MKRD = self.values.index_select(1, expert_K)
+        values_MKRD = values_MKRD.to(torch.promote_types(values_MKRD.dtype, x_1D.dtype))
         index_N = self.index.index_select(0, expert_K).view(-1)
-        dtype = torch.promote_types(values.dtype, x_1D.dtype)
-        gate_K1 = gates_to(gate_K, dtype).unsqueeze(1)
-        route.rows = expert_K, index_N, gate_K1
-        v = values.view(-1, self.hidden_size).to(dtype).mv(x_1D[0].to(dtype)).view(values.shape[:3]) * gate_K1
-        v_MN = v.to(pre[0].dtype).view(len(pre), -1)
+        gate_K1 = gates_to(gate_K, values_MKRD.dtype).unsqueeze(1)
+        route.lone, route.rows = True, (values_MKRD[-1], index_N, gate_K1)
+        weight_ND = values_MKRD[:-1].view(-1, self.hidden_size)
+        v_N = weight_ND.mv(x_1D.view(-1).to(weight_ND.dtype))
+        v_MKR = v_N.view(len(pre), len(expert_K), -1) * gate_K1
+        v_MN = v_MKR.to(pre[0].dtype).view(len(pre), -1)
         if may_write(pre[0]):
-            for a_1F, v_N in zip(pre, v_MN, strict=True):
-                a_1F.view(-1).index_add_(0, index_N, v_N)
+            for a_1F, v in zip(pre, v_MN, strict=True):
+                a_1F.view(-1).index_add_(0, index_N, v)
             return pre
         return [a.view(-1).index_add(0, index_N, v).view(1, -1) for a, v in zip(pre, v_MN, strict=True)]
 
     def _contract_lone(self, y_1D: Tensor, h_1F: Tensor, route: Route) -> Tensor:
-        expert_K, index_N, gate_K1 = route.rows
-        weight_ND = self.values[-1].index_select(0, expert_K).view(-1, self.hidden_size)
-        h_N = (h_1F[0].index_select(0, index_N).to(gate_K1.dtype).view(len(expert_K), -1) * gate_K1).view(
-            1, -1
+        values_KRD, index_N, gate_K1 = route.rows
+        h_KR = (
+            h_1F.view(-1).index_select(0, index_N).to(values_KRD.dtype).view(values_KRD.shape[:2]) * gate_K1
         )
-        y = h_N @ weight_ND.to(h_N.dtype)
+        y = h_KR.view(1, -1) @ values_KRD.view(-1, self.hidden_size)
         return y_1D.add_(y) if may_write(y_1D) else (y_1D + y).to(y_1D.dtype)
 
     def _expand_grouped(self, pre: list[Tensor], x_TD: Tensor, route: Route) -> list[Tensor]:

@@ -30,6 +30,7 @@ class Route:
         num_shared: How many more are shared: always on, with gate 1.
         forced: Whether tokens were told their expert.
         path: The compute path that the route's delta takes, set when it starts.
+        lone: Set when that delta treats the route as a lone token's.
         rows: Kept for that delta: what it works out once and needs twice.
     """
 
@@ -40,6 +41,7 @@ class Route:
     num_shared: int = 0
     forced: bool = False
     path: Literal["masked", "grouped"] = field(default="masked", repr=False, compare=False)
+    lone: bool = field(default=False, repr=False, compare=False)
     rows: Any = field(default=None, repr=False, compare=False)
     _gate_TE: Tensor | None = field(default=None, repr=False, compare=False)
 
