@@ -79,3 +79,18 @@ def test_the_python_block_runs_as_written(home):
 def test_every_page_that_the_readme_links_to_exists():
     links = re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())
     assert links and all((ROOT / link).is_file() for link in links if not link.startswith("http"))
+
+
+def test_the_front_page_of_the_docs_shows_the_same_commands():
+    (ours,) = [b for b in blocks("README.md", "bash") if "srde train" in b]
+    assert ours in blocks("docs/index.md", "bash")
+
+
+def test_the_commands_of_the_training_guide_run_as_written(home):
+    commands = [b for b in blocks("docs/guides/training.md", "bash") if b.startswith("srde train")]
+    assert len(commands) == 2 and "--supervised_experts" in commands[1]
+    script = "source .venv/bin/activate\nMODEL=~/.cache/srde/SmolLM2-135M-Instruct\n" + "".join(commands)
+    out = run(["bash", "-euo", "pipefail", "-c", script], home)
+    assert (
+        "adapter: runs/mine" in out and "adapter: runs/supervised" in out and "router_supervision_loss" in out
+    )
