@@ -19,6 +19,7 @@ from srde.quickstart.default_model import default_model, fast_dtype
 from srde.quickstart.progress import BarCallback, bar
 from srde.train.arguments import DataArguments, ExpertArguments, ModelArguments, RunArguments
 from srde.train.run import run as train
+from srde.train.run import trained_parameters
 from srde.tuner.loading import load_adapter, load_base, load_tokenizer
 
 
@@ -92,7 +93,7 @@ def quickstart(settings: Settings, console: Console) -> tuple[Evaluation, Evalua
             ),
             callbacks=[BarCallback(advance)],
         )
-    trained = sum(p.numel() for p in outcome.model.parameters() if p.requires_grad)
+    trained = trained_parameters(outcome.model)
     whole = sum(p.numel() for p in outcome.model.parameters())
     console.print(
         f"  {trained:,} trained parameters ({100 * trained / (whole - trained):.1f} % of the base), "

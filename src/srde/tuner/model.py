@@ -81,9 +81,6 @@ class SrdeModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             target = layer
         target.add_adapter(adapter_name, peft_config)
-        active = adapter_name in self.active_adapters
-        target.srde_experts[adapter_name].requires_grad_(active)
-        target.srde_router[adapter_name].requires_grad_(active)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
