@@ -26,6 +26,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # From the bottom up. A room may import itself and the rooms of lower floors, never its neighbours on the same floor.
 FLOORS = [
     {"errors"},
+    {"progress"},
     {"core"},
     {"artifacts"},
     {"data"},
@@ -38,7 +39,7 @@ FLOORS = [
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # What a room may import from outside srde, beyond the standard library; rooms that are not listed are free.
-OUTSIDE = {"errors": set(), "core": {"torch"}, "artifacts": {"safetensors"}}
+OUTSIDE = {"errors": set(), "core": {"torch"}, "artifacts": {"safetensors"}, "progress": {"rich"}}
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "matplotlib"}
 LONGEST_MODULE = 400

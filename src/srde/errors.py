@@ -13,6 +13,9 @@ A message names the thing, its value, the rule it breaks and what to do about it
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class SrdeError(Exception):
     """Base of all errors that srde raises on purpose."""
@@ -61,3 +64,17 @@ class ArtifactError(SrdeError, RuntimeError):
 
 class UsageError(SrdeError, RuntimeError):
     """A call that cannot mean anything in the present state."""
+
+
+def refuse_unknown(verb: str, unknown: Sequence[str], flags: Sequence[str]) -> None:
+    """Raises for the first argument that no flag of a verb took, with the nearest flag there is.
+
+    Raises:
+        ConfigError: There is such an argument.
+    """
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        raise ConfigError.of(
+            "argument", unknown[0], rule=f"srde {verb} has no such flag",
+            fix=f"the nearest is {close[0]}" if close else f"see srde {verb} --help",
+        )  # fmt: skip

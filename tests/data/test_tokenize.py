@@ -95,11 +95,20 @@ def test_a_template_whose_prompt_is_no_prefix_is_refused(make_tokenizer, chat_to
 
 
 def test_a_row_with_every_label_masked_is_refused(make_tokenizer):
-    tokenizer = make_tokenizer()
+    drops_answers = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}<|im_start|>{% endfor %}"
+    rule = r"f\.jsonl:5: response: leaves no token to train: every label is masked"
+    with pytest.raises(DataError, match=rule):
+        tokenize_row(make_tokenizer(drops_answers), row("a", "b", line=5))
+
+
+@pytest.mark.faults
+def test_a_response_that_nothing_would_end_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer(chat_template=None)
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match=r"f\.jsonl:5: text: leaves no token to train: every label is masked"):
-        # The only token of the text has nothing before it to be predicted from.
-        tokenize_row(tokenizer, row(None, "a", line=5))
+    with pytest.raises(
+        DataError, match=r"f\.jsonl:5: response: nothing would end it: .* Set the tokenizer's eos_token"
+    ):
+        tokenize_row(tokenizer, row("a", "b", line=5))
 
 
 def test_long_rows_are_dropped_and_counted_never_cut(chat_tokenizer):

@@ -14,6 +14,7 @@ from srde.errors import SrdeError
 
 VERBS = {
     "quickstart": "train six experts on a small model, compare them with the base, ask them one question each",
+    "data": "build data sets of six domains, check them, look at them",
     "train": "train experts on a frozen model",
     "eval": "accuracy, loss and routing of base and experts on held-out rows",
     "generate": "answer a prompt",

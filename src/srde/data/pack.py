@@ -9,7 +9,6 @@ models do not. `packing_is_exact` asks the model itself.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -45,23 +44,60 @@ def pack(examples: Sequence[Example], *, max_length: int) -> list[PackedRow]:
     Raises:
         DataError: An example is longer than `max_length`.
     """
-    rows: list[list[Example]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for example in Random(0).sample(examples, len(examples)):
-        length = len(example.input_ids)
+    shuffled = Random(0).sample(examples, len(examples))
+    rows = pack_lengths([len(example.input_ids) for example in shuffled], max_length=max_length)
+    return [_concatenate([shuffled[place] for place in row]) for row in rows]
+
+
+def pack_lengths(lengths: Sequence[int], *, max_length: int, window: int | None = None) -> list[list[int]]:
+    """Best fit, online: each example in turn goes into the fullest row that still has room for it.
+
+    Args:
+        lengths: Tokens of the examples, in order.
+        max_length: Tokens that a row may have.
+        window: Rows that stay open; when there are more, the fullest is closed, so that rows keep the examples' order up to
+            about that many rows. None keeps all open, which fills best.
+
+    Returns:
+        The places of each row's examples, rows in the order in which they were begun.
+
+    Raises:
+        DataError: An example is longer than `max_length`.
+    """
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # free tokens -> open rows
+    with_room = (
+        0  # bit r is set if there is a row with r free tokens: the next fit is found in a few machine words
+    )
+    opened = 0
+    for place, length in enumerate(lengths):
         if length > max_length:
             raise DataError.at(
                 "examples", None, "row", f"has {length} tokens, more than max_length={max_length}"
             )
-        at = bisect_left(room, (length, 0))
-        if at < len(room):
-            free, row = room.pop(at)
+        fitting = with_room >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[free].pop()
+            if not by_room[free]:
+                with_room ^= 1 << free
         else:
             free, row = max_length, len(rows)
             rows.append([])
-        rows[row].append(example)
-        insort(room, (free - length, row))
-    return [_concatenate(row) for row in rows]
+            opened += 1
+        rows[row].append(place)
+        if free > length:
+            by_room[free - length].append(row)
+            with_room |= 1 << (free - length)
+        else:
+            opened -= 1
+        if window is not None and opened > window:
+            fullest = (with_room & -with_room).bit_length() - 1
+            by_room[fullest].pop(0)
+            opened -= 1
+            if not by_room[fullest]:
+                with_room ^= 1 << fullest
+    return rows
 
 
 def _concatenate(examples: Sequence[Example]) -> PackedRow:

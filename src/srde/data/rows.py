@@ -1,29 +1,35 @@
 """Reads JSONL files of training and evaluation rows.
 
-One JSON object a line, in one of three layouts:
+One JSON object a line, in one of five layouts:
 
 - ``{"messages": [{"role": "user", "content": ...}, ..., {"role": "assistant", "content": ...}]}``: the last turn is the response;
+- ``{"conversations": [{"from": "human", "value": ...}, ..., {"from": "gpt", "value": ...}]}`` (ShareGPT): the same;
 - ``{"prompt": ..., "response": ...}`` (or ``"completion"`` for ``"response"``);
+- ``{"instruction": ..., "input": ..., "output": ...}`` (Alpaca; ``input`` may be left out or empty);
 - ``{"text": ...}``: plain text, every token of which is trained.
 
-Each may add ``domain``, ``source``, ``id``, ``kind``, ``answer``, ``license`` and ``metadata``; fields with other names join the
-metadata. Blank lines are skipped. The first defect ends the reading with a `DataError`: ``file:line: field: rule``.
+Each may add ``domain``, ``source``, ``id``, ``kind``, ``answer``, ``license``, ``document`` and ``metadata``; fields with other
+names join the metadata. Blank lines are skipped. A defect is a `DataError`: ``file:line: field: rule``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from srde.errors import DataError
 
-_LAYOUTS = ("messages", "prompt", "text")
+_LAYOUTS = ("messages", "conversations", "prompt", "instruction", "text")
 _RESPONSES = ("response", "completion")
-_LABELS = ("domain", "source", "id", "kind", "license")  # optional, all of them strings
+_LABELS = ("domain", "source", "id", "kind", "license", "document")  # optional, all of them strings
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "system": "system", "tool": "tool",
+}  # fmt: skip
 _Refuse = Callable[[str, str], NoReturn]  # (field, rule)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and thus no tokenizer can
 
@@ -43,6 +49,7 @@ class Row:
         kind: How the answer is scored; see `srde.eval.scoring`.
         answer: The known answer: text, a number, or a list of texts for ``one_of``.
         license: The item's licence.
+        document: A text, or its name, that several rows share, such as a passage with questions.
         metadata: All other fields.
     """
 
@@ -56,29 +63,66 @@ class Row:
     kind: str | None = None
     answer: str | int | float | list[str] | None = None
     license: str | None = None
+    document: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, on_bad_row: Literal["error", "skip"] = "error") -> list[Row]:
     """Reads all rows of a file.
+
+    Args:
+        path: A JSONL file.
+        on_bad_row: "skip" leaves rows that break a rule out; as many are missing then as `scan_rows` gives errors.
 
     Raises:
         DataError: The file does not exist or has no row, or a row breaks a rule.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError.at(path, None, "file", "does not exist or is not a file")
     rows = []
-    # Split as bytes: a broken byte then belongs to a line, and characters such as U+2028 do not end one.
-    for line, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if raw.strip():
-            rows.append(_parse(raw, str(path), line))
+    for row in scan_rows(path):
+        if isinstance(row, Row):
+            rows.append(row)
+        elif on_bad_row == "error":
+            raise row
     if not rows:
-        raise DataError.at(path, None, "file", "is empty; it must hold at least one row")
+        raise DataError.at(path, None, "file", "holds no row that could be used")
     return rows
 
 
-def _parse(raw: bytes, file: str, line: int) -> Row:
+def scan_rows(path: str | Path) -> Iterator[Row | DataError]:
+    """All rows of a file in order; in the place of a row that breaks a rule, the error that says so.
+
+    Raises:
+        DataError: The file does not exist or has no row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError.at(path, None, "file", "does not exist or is not a file")
+    empty = True
+    with path.open("rb") as stream:
+        # Split as bytes: a broken byte then belongs to a line, and characters such as U+2028 do not end one.
+        for line, raw in enumerate(stream, start=1):
+            if raw.strip():
+                empty = False
+                yield try_row(raw, str(path), line)
+    if empty:
+        raise DataError.at(path, None, "file", "is empty; it must hold at least one row")
+
+
+def try_row(raw: bytes | Mapping[str, Any], file: str, line: int) -> Row | DataError:
+    """A row from a line of JSONL, or from a record of the same fields; the error that says why not, where it breaks a rule."""
+    try:
+        return to_row(parse_record(raw, file, line) if isinstance(raw, bytes) else raw, file, line)
+    except DataError as error:
+        return error
+
+
+def parse_record(raw: bytes, file: str, line: int) -> dict[str, Any]:
+    """The JSON object on a line.
+
+    Raises:
+        DataError: It is none.
+    """
+
     def refuse(name: str, rule: str) -> NoReturn:
         raise DataError.at(file, line, name, rule)
 
@@ -90,12 +134,24 @@ def _parse(raw: bytes, file: str, line: int) -> Row:
         refuse(
             "row", f"is not JSON: {error.msg} at column {error.colno}; the file must hold one object a line"
         )
-    except RecursionError:
-        refuse("row", "is not a row: its JSON is nested too deeply")
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        refuse("row", f"is not a row: its JSON is nested too deeply or has too long a number ({error})")
     if not isinstance(record, dict):
         refuse(
             "row", f"must be a JSON object, not {_json_type(record)}; the file must hold one object a line"
         )
+    return record
+
+
+def to_row(record: Mapping[str, Any], file: str, line: int) -> Row:
+    """Makes a row of an object in one of the layouts.
+
+    Raises:
+        DataError: It breaks a rule.
+    """
+
+    def refuse(name: str, rule: str) -> NoReturn:
+        raise DataError.at(file, line, name, rule)
 
     def text(name: str, value: Any) -> str:
         if not isinstance(value, str):
@@ -113,10 +169,25 @@ def _parse(raw: bytes, file: str, line: int) -> Row:
         )
         refuse(
             "row",
-            f'must have exactly one of "messages", "prompt" (with "response") and "text"; it has {found}',
+            'must have exactly one of "messages", "conversations", "prompt" (with "response"), "instruction" (with "output") '
+            f'and "text"; it has {found}',
         )
+    taken: tuple[str, ...] = ()
     if layout == ["messages"]:
-        prompt, response = _conversation(record["messages"], text, refuse)
+        prompt, response = _conversation(record["messages"], "messages", ("role", "content"), text, refuse)
+    elif layout == ["conversations"]:
+        prompt, response = _conversation(
+            record["conversations"], "conversations", ("from", "value"), text, refuse
+        )
+    elif layout == ["instruction"]:
+        taken = ("input", "output")
+        if "output" not in record:
+            refuse("output", "is missing; an instruction needs its output")
+        parts = [text("instruction", record["instruction"])]
+        if record.get("input") not in (None, ""):
+            parts.append(text("input", record["input"]))
+        prompt = [{"role": "user", "content": "\n\n".join(parts)}]
+        response = text("output", record["output"])
     elif layout == ["prompt"]:
         prompt = [{"role": "user", "content": text("prompt", record["prompt"])}]
         given = [name for name in _RESPONSES if name in record]
@@ -125,6 +196,7 @@ def _parse(raw: bytes, file: str, line: int) -> Row:
                 "response",
                 "given twice, also as completion" if given else "is missing; a prompt needs its response",
             )
+        taken = _RESPONSES
         response = text(given[0], record[given[0]])
     else:
         prompt, response = [], text("text", record["text"])
@@ -132,7 +204,7 @@ def _parse(raw: bytes, file: str, line: int) -> Row:
     metadata = record.get("metadata", {})
     if not isinstance(metadata, dict):
         refuse("metadata", f"must be an object, not {_json_type(metadata)}")
-    known = {*layout, "metadata", "answer", *_LABELS, *(_RESPONSES if layout == ["prompt"] else ())}
+    known = {*layout, *taken, "metadata", "answer", *_LABELS}
     return Row(
         prompt=prompt,
         response=response,
@@ -145,22 +217,27 @@ def _parse(raw: bytes, file: str, line: int) -> Row:
 
 
 def _conversation(
-    messages: Any, text: Callable[[str, Any], str], refuse: _Refuse
+    messages: Any, field: str, keys: tuple[str, str], text: Callable[[str, Any], str], refuse: _Refuse
 ) -> tuple[list[dict[str, str]], str]:
     if not isinstance(messages, list) or len(messages) < 2:
-        refuse("messages", "must be a list of at least two turns, the last of them the assistant's")
+        refuse(field, "must be a list of at least two turns, the last of them the assistant's")
     turns = []
     for index, message in enumerate(messages):
-        place = f"messages[{index}]"
+        place = f"{field}[{index}]"
         if not isinstance(message, dict):
-            refuse(place, f"must be an object with role and content, not {_json_type(message)}")
-        for name in ("role", "content"):
+            refuse(place, f"must be an object with {' and '.join(keys)}, not {_json_type(message)}")
+        for name in keys:
             if name not in message:
                 refuse(f"{place}.{name}", "is missing")
-        turns.append({name: text(f"{place}.{name}", message[name]) for name in ("role", "content")})
+        role, content = (text(f"{place}.{name}", message[name]) for name in keys)
+        if field == "conversations":
+            if role not in _ROLES:
+                refuse(f"{place}.from", f"must be one of {', '.join(_ROLES)}, not {role!r}")
+            role = _ROLES[role]
+        turns.append({"role": role, "content": content})
     if turns[-1]["role"] != "assistant":
         refuse(
-            f"messages[{len(turns) - 1}].role",
+            f"{field}[{len(turns) - 1}].{keys[0]}",
             f"must be 'assistant', not {turns[-1]['role']!r}: the last turn is the response",
         )
     return turns[:-1], turns[-1]["content"]

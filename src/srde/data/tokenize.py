@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from srde.data.domains import number_domains
@@ -28,6 +29,24 @@ class Example:
     input_ids: list[int]
     labels: list[int]
     domain_id: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A row's ids. The first `prompt_length` of them are given, what follows is trained."""
+
+    input_ids: list[int]
+    prompt_length: int
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labels that count in the loss: the first token of all is never predicted."""
+        return len(self.input_ids) - max(self.prompt_length, 1)
+
+    def example(self, domain_id: int = -1) -> Example:
+        """The same with labels."""
+        labels = [IGNORE] * self.prompt_length + self.input_ids[self.prompt_length :]
+        return Example(self.input_ids, labels, domain_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +75,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[dict[str, st
 
 
 def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+    """Tokenises one row; see `encode_row`."""
+    return encode_row(tokenizer, row).example()
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
     """Tokenises one row.
 
     With a chat template, the conversation is rendered by it, and what follows the generation prompt is trained, up to and
@@ -63,18 +87,75 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
     is, with end-of-sequence after it, and trained as a whole.
 
     Raises:
-        DataError: The template refuses the conversation or renders it in a way that cannot be split, or no label is left.
+        DataError: The template refuses the conversation or renders it in a way that cannot be split, nothing would end the
+            response, or no label is left.
     """
     if not row.prompt:
-        ids = _with_end(tokenizer, _encode_plain(tokenizer, row.response))
-        example = Example(ids, list(ids))
-    else:
-        prompt, ids = _chat(tokenizer, row) if tokenizer.chat_template else _plain(tokenizer, row)
-        example = Example(ids, [IGNORE] * len(prompt) + ids[len(prompt) :])
-    if not _trained(example):
-        field = "response" if row.prompt else "text"
-        raise DataError.at(row.file, row.line, field, "leaves no token to train: every label is masked")
-    return example
+        return _checked(row, _with_end(tokenizer, row, _encode_plain(tokenizer, row.response)), 0)
+    prompt, ids = _chat(tokenizer, row) if tokenizer.chat_template else _plain(tokenizer, row)
+    return _checked(row, ids, len(prompt))
+
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Encoded | DataError]:
+    """The same for many rows at once, about twice as fast; the error in the place of a row that `encode_row` would refuse.
+
+    A conversation is tokenised once, as a whole, and split where the response begins. That is what `encode_row` does if the
+    prompt ends in a special token and a text that is tokenised on its own account in both; else the row goes that way.
+    """
+    fast: dict[int, Encoded] = {}
+    if tokenizer.is_fast and tokenizer.chat_template:
+        fast = _encode_at_once(tokenizer, rows)
+    encoded: list[Encoded | DataError] = []
+    for place, row in enumerate(rows):
+        try:
+            encoded.append(fast.get(place) or encode_row(tokenizer, row))
+        except DataError as error:
+            encoded.append(error)
+    return encoded
+
+
+def _encode_at_once(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> dict[int, Encoded]:
+    """The rows whose border between prompt and response is certain, by place."""
+    from jinja2 import TemplateError
+
+    places = [place for place, row in enumerate(rows) if row.prompt]
+    if not places:
+        return {}
+    try:
+        before = _render_all(tokenizer, [rows[place].prompt for place in places], add_generation_prompt=True)
+        turns = [
+            [*rows[place].prompt, {"role": "assistant", "content": rows[place].response}] for place in places
+        ]
+        whole = [text.rstrip() for text in _render_all(tokenizer, turns, add_generation_prompt=False)]
+    except TemplateError:
+        return {}  # one at a time, so that the row is named
+    added = tokenizer.added_tokens_decoder
+    tail = _generation_tail(before[0], [token.content for token in added.values()])
+    if not tail:
+        return {}
+    ending = _encode(tokenizer, tail)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    certain = {}
+    for place, prompt, text, encoding in zip(
+        places, before, whole, backend.encode_batch(whole, add_special_tokens=False), strict=True
+    ):
+        border = encoding.char_to_token(len(prompt))
+        if border is None or not (prompt.endswith(tail) and text.startswith(prompt)):
+            continue
+        ids = encoding.ids
+        starts_there = encoding.token_to_chars(border)[0] == len(prompt)
+        if starts_there and ids[border - len(ending) : border] == ending and ids[-1] in added:
+            certain[place] = Encoded(ids, border)
+    return certain
+
+
+def _generation_tail(prompt: str, special: Sequence[str]) -> str | None:
+    """The last special token of a rendered prompt and what follows it: what the template ends every prompt with."""
+    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if token)
+    places = [match.start() for match in re.finditer(pattern, prompt)] if pattern else []
+    return prompt[places[-1] :] if places else None
 
 
 def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int) -> Tokenized:
@@ -89,13 +170,19 @@ def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, ma
     if not rows:
         raise DataError.at("rows", None, "file", "there is no row to train on: every label would be masked")
     numbers = number_domains(row.domain for row in rows)
-    examples = [
-        replace(tokenize_row(tokenizer, row), domain_id=numbers.get(row.domain or "", -1)) for row in rows
+    encoded = []
+    for one in encode_rows(tokenizer, rows):
+        if isinstance(one, DataError):
+            raise one
+        encoded.append(one)
+    kept = [
+        one.example(numbers.get(row.domain or "", -1))
+        for row, one in zip(rows, encoded, strict=True)
+        if len(one.input_ids) <= max_length
     ]
-    kept = [example for example in examples if len(example.input_ids) <= max_length]
     if not kept:
-        shortest = min(range(len(rows)), key=lambda index: len(examples[index].input_ids))
-        length, row = len(examples[shortest].input_ids), rows[shortest]
+        shortest = min(range(len(rows)), key=lambda index: len(encoded[index].input_ids))
+        length, row = len(encoded[shortest].input_ids), rows[shortest]
         raise DataError.at(
             row.file,
             row.line,
@@ -103,11 +190,19 @@ def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, ma
             f"has {length} tokens and is the shortest of {len(rows)} rows, all longer than max_length={max_length}; "
             f"nothing is left to train on. Set --max_length to {length} or more",
         )
-    return Tokenized(kept, dropped=len(examples) - len(kept))
+    return Tokenized(kept, dropped=len(rows) - len(kept))
 
 
 def _trained(example: Example) -> int:
     return sum(label != IGNORE for label in example.labels[1:])
+
+
+def _checked(row: Row, ids: list[int], prompt_length: int) -> Encoded:
+    encoded = Encoded(ids, prompt_length)
+    if encoded.trained_tokens < 1:
+        field = "response" if row.prompt else "text"
+        raise DataError.at(row.file, row.line, field, "leaves no token to train: every label is masked")
+    return encoded
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -120,8 +215,14 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _with_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+def _with_end(tokenizer: PreTrainedTokenizerBase, row: Row, ids: list[int]) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise DataError.at(
+            row.file, row.line, "response" if row.prompt else "text",
+            "nothing would end it: the tokenizer has no end-of-sequence token and its chat template, if any, puts no special token "
+            "after the response, so the model would never learn to stop. Set the tokenizer's eos_token",
+        )  # fmt: skip
+    return [*ids, tokenizer.eos_token_id]
 
 
 def _join(prompt: Sequence[dict[str, str]]) -> str:
@@ -133,6 +234,17 @@ def _render(
 ) -> str:
     return tokenizer.apply_chat_template(
         list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
+def _render_all(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    *,
+    add_generation_prompt: bool,
+) -> list[str]:
+    return tokenizer.apply_chat_template(
+        [list(turns) for turns in conversations], tokenize=False, add_generation_prompt=add_generation_prompt
     )
 
 
@@ -150,7 +262,7 @@ def _continue(
 def _plain(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
     prompt = prompt_ids(tokenizer, row.prompt)
     whole = _encode_plain(tokenizer, _join(row.prompt) + row.response)
-    return prompt, _with_end(tokenizer, _continue(tokenizer, prompt, whole, row.response))
+    return prompt, _with_end(tokenizer, row, _continue(tokenizer, prompt, whole, row.response))
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
@@ -178,4 +290,4 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list
     prompt = _encode(tokenizer, before)
     ids = _continue(tokenizer, prompt, _encode(tokenizer, whole), whole[len(before) :])
     # Without an ending of the template's own, the model would never learn to stop.
-    return prompt, ids if ids[-1] in tokenizer.added_tokens_decoder else _with_end(tokenizer, ids)
+    return prompt, ids if ids[-1] in tokenizer.added_tokens_decoder else _with_end(tokenizer, row, ids)

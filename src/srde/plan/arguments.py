@@ -9,8 +9,8 @@ from typing import Any, Literal, get_type_hints
 import torch
 from transformers import HfArgumentParser
 
+from srde.errors import refuse_unknown
 from srde.plan.plan import SETTINGS, Request
-from srde.train.arguments import refuse_unknown
 from srde.tuner import SrdeConfig
 
 

@@ -12,15 +12,17 @@ from rich.table import Table
 from srde.data.domains import DOMAINS
 from srde.data.quickstart import build_quickstart
 from srde.data.rows import Row, read_rows
+from srde.data.tokenizers import load_tokenizer
 from srde.eval.evaluate import Evaluation, evaluate
 from srde.eval.report import comparison_table, save_report, used_experts
 from srde.infer.generate import generate
+from srde.progress import bar
 from srde.quickstart.default_model import default_model, fast_dtype
-from srde.quickstart.progress import BarCallback, bar
+from srde.quickstart.progress import BarCallback
 from srde.train.arguments import DataArguments, ExpertArguments, ModelArguments, RunArguments
 from srde.train.run import run as train
 from srde.train.run import trained_parameters
-from srde.tuner.loading import load_adapter, load_base, load_tokenizer
+from srde.tuner.loading import load_adapter, load_base
 
 
 @dataclass(frozen=True)

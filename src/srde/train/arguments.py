@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from srde.errors import ConfigError
+from srde.errors import ConfigError, refuse_unknown
 from srde.tuner import SrdeConfig
 
 
@@ -142,13 +141,3 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunA
     flags = [option for action in parser._actions for option in action.option_strings]
     refuse_unknown("train", unknown, flags)
     return model, data, experts, run
-
-
-def refuse_unknown(verb: str, unknown: Sequence[str], flags: Sequence[str]) -> None:
-    """Raises for the first argument that no flag of a verb took, with the nearest flag there is."""
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        raise ConfigError.of(
-            "argument", unknown[0], rule=f"srde {verb} has no such flag",
-            fix=f"the nearest is {close[0]}" if close else f"see srde {verb} --help",
-        )  # fmt: skip

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from srde.data.pack import PaddedCollator, pack, packed_collator, packing_is_exact
 from srde.data.rows import read_rows
 from srde.data.tokenize import tokenize_rows
+from srde.data.tokenizers import load_tokenizer
 from srde.errors import ConfigError, DataError
 from srde.train.arguments import DataArguments, ModelArguments, RunArguments, starting_config
 from srde.train.losses import Supervision
 from srde.train.schedule import PruneCallback, SparsitySchedule
 from srde.train.trainer import SrdeTrainer
 from srde.tuner.calibrate import calibrate_masks
-from srde.tuner.loading import load_base, load_tokenizer
+from srde.tuner.loading import load_base
 from srde.tuner.store import save_adapter
 
 if TYPE_CHECKING:

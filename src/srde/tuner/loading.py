@@ -1,13 +1,13 @@
-"""Loads what a user names: a base model, an adapter folder or hub id, a tokenizer."""
+"""Loads what a user names: a base model, an adapter folder or hub id."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from srde.data.tokenizers import explained, first_line, load_tokenizer
 from srde.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -35,23 +35,8 @@ def load_base(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTrain
             "dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them"
         )
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    with _explained("model_name_or_path", name_or_path):
+    with explained("model_name_or_path", name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=wanted, **kwargs)
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer for generation: padded on the left, with some padding token.
-
-    Raises:
-        ConfigError: There is none at that place.
-    """
-    from transformers import AutoTokenizer
-
-    with _explained("model_name_or_path", name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
 
 
 def load_adapter(
@@ -79,7 +64,7 @@ def load_adapter(
         config = PeftConfig.from_pretrained(adapter)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise ArtifactError.of(
-            "adapter", adapter, rule=f"it must be a folder or hub id with an adapter_config.json ({_first_line(error)})",
+            "adapter", adapter, rule=f"it must be a folder or hub id with an adapter_config.json ({first_line(error)})",
             fix="name the --output_dir of srde train",
         ) from error  # fmt: skip
     if config.peft_type != peft_type:
@@ -100,26 +85,3 @@ def load_adapter(
     model = PeftModel.from_pretrained(load_base(name, dtype), adapter)
     own = (Path(adapter) / "tokenizer_config.json").is_file()
     return model.eval(), load_tokenizer(adapter if own else name)
-
-
-class _explained:
-    """Turns what Transformers raises for a wrong name into a message that names it."""
-
-    def __init__(self, thing: str, value: str) -> None:
-        self.thing, self.value = thing, value
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError | ValueError | json.JSONDecodeError) and not isinstance(
-            error, ConfigError
-        ):
-            raise ConfigError.of(
-                self.thing, self.value, rule=f"it must be a folder or a hub id of a causal language model ({_first_line(error)})",
-                fix="check the name; without a network, only folders and models already in the cache can be loaded",
-            ) from error  # fmt: skip
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
