@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Several examples in one row: ids, labels, positions and domain numbers of one length.
+    """Several examples in one row: ids, labels, positions and domain numbers of one length, as lists or as integer arrays.
 
     Positions restart at 0 with each example, whose first label is `IGNORE`: it would be predicted from the example before.
     """
 
-    input_ids: list[int]
-    labels: list[int]
-    position_ids: list[int]
-    domain_ids: list[int]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    position_ids: Sequence[int]
+    domain_ids: Sequence[int]
 
 
 def pack(examples: Sequence[Example], *, max_length: int) -> list[PackedRow]:
@@ -117,14 +117,15 @@ def packed_collator(rows: Sequence[PackedRow]) -> dict[str, Any]:
 
     The batch also says `use_cache=False`. With a cache, which models make by default, Transformers does not isolate the examples.
     """
+    import numpy as np
     import torch
 
-    return {
-        "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]]),
-        "labels": torch.tensor([[label for row in rows for label in row.labels]]),
-        "position_ids": torch.tensor([[position for row in rows for position in row.position_ids]]),
-        "domain_ids": torch.tensor([[domain for row in rows for domain in row.domain_ids]]),
-        "use_cache": False,
+    def joined(name: str) -> Tensor:
+        parts = [np.asarray(getattr(row, name), dtype=np.int64) for row in rows]
+        return torch.from_numpy(np.concatenate(parts)[None])
+
+    return {name: joined(name) for name in ("input_ids", "labels", "position_ids", "domain_ids")} | {
+        "use_cache": False
     }
 
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from srde.errors import DataError
 
@@ -67,24 +67,17 @@ class Row:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def read_rows(path: str | Path, on_bad_row: Literal["error", "skip"] = "error") -> list[Row]:
+def read_rows(path: str | Path) -> list[Row]:
     """Reads all rows of a file.
-
-    Args:
-        path: A JSONL file.
-        on_bad_row: "skip" leaves rows that break a rule out; as many are missing then as `scan_rows` gives errors.
 
     Raises:
         DataError: The file does not exist or has no row, or a row breaks a rule.
     """
     rows = []
     for row in scan_rows(path):
-        if isinstance(row, Row):
-            rows.append(row)
-        elif on_bad_row == "error":
+        if not isinstance(row, Row):
             raise row
-    if not rows:
-        raise DataError.at(path, None, "file", "holds no row that could be used")
+        rows.append(row)
     return rows
 
 

@@ -133,29 +133,32 @@ def _encode_at_once(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> 
     tail = _generation_tail(before[0], [token.content for token in added.values()])
     if not tail:
         return {}
-    ending = _encode(tokenizer, tail)
+    marker, text = tail
+    ending = _encode(tokenizer, marker + text)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     certain = {}
-    for place, prompt, text, encoding in zip(
-        places, before, whole, backend.encode_batch(whole, add_special_tokens=False), strict=True
+    for place, prompt, rendered, encoding in zip(
+        places, before, whole, backend.encode_batch_fast(whole, add_special_tokens=False), strict=True
     ):
-        border = encoding.char_to_token(len(prompt))
-        if border is None or not (prompt.endswith(tail) and text.startswith(prompt)):
+        if not (prompt.endswith(marker + text) and rendered.startswith(prompt)):
+            continue
+        if marker in rendered[len(prompt) :]:
             continue
         ids = encoding.ids
-        starts_there = encoding.token_to_chars(border)[0] == len(prompt)
-        if starts_there and ids[border - len(ending) : border] == ending and ids[-1] in added:
+        # The last marker among the ids is the one that begins the tail: none follows in the text.
+        border = len(ids) - ids[::-1].index(ending[0]) - 1 + len(ending)
+        if ids[border - len(ending) : border] == ending and ids[-1] in added:
             certain[place] = Encoded(ids, border)
     return certain
 
 
-def _generation_tail(prompt: str, special: Sequence[str]) -> str | None:
-    """The last special token of a rendered prompt and what follows it: what the template ends every prompt with."""
+def _generation_tail(prompt: str, special: Sequence[str]) -> tuple[str, str] | None:
+    """What the template ends every prompt with: the last special token of a rendered prompt, and what follows it."""
     pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True) if token)
-    places = [match.start() for match in re.finditer(pattern, prompt)] if pattern else []
-    return prompt[places[-1] :] if places else None
+    matches = list(re.finditer(pattern, prompt)) if pattern else []
+    return (matches[-1].group(), prompt[matches[-1].end() :]) if matches else None
 
 
 def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int) -> Tokenized:
@@ -219,8 +222,8 @@ def _with_end(tokenizer: PreTrainedTokenizerBase, row: Row, ids: list[int]) -> l
     if tokenizer.eos_token_id is None:
         raise DataError.at(
             row.file, row.line, "response" if row.prompt else "text",
-            "nothing would end it: the tokenizer has no end-of-sequence token and its chat template, if any, puts no special token "
-            "after the response, so the model would never learn to stop. Set the tokenizer's eos_token",
+            "nothing would end it: the tokenizer has no end-of-sequence token and its chat template, if any, puts no special "
+            "token after the response, so the model would never learn to stop. Set the tokenizer's eos_token",
         )  # fmt: skip
     return [*ids, tokenizer.eos_token_id]
 

@@ -81,7 +81,7 @@ def quickstart(settings: Settings, console: Console) -> tuple[Evaluation, Evalua
     with bar(console, "training", settings.max_steps) as advance:
         outcome = train(
             ModelArguments(name, dtype=dtype),
-            DataArguments(str(files.train), max_length=settings.max_length),
+            DataArguments(train_file=str(files.train), max_length=settings.max_length),
             ExpertArguments(num_experts=len(DOMAINS), initial_sparsity=0.02, target_sparsity=0.01),
             RunArguments(
                 output_dir=str(out),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -30,9 +30,29 @@ class ModelArguments:
 class DataArguments:
     """The rows to train on."""
 
-    train_file: str = field(metadata={"help": "JSONL with rows of messages, prompt and response, or text."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSONL with rows of messages, prompt and response, or text."}
+    )
+    pretokenized_dir: str | None = field(
+        default=None, metadata={"help": "Packed set of `srde data build`, instead of --train_file."}
+    )
+    data_order: Literal["shuffled", "balanced", "curriculum"] = field(
+        default="shuffled",
+        metadata={
+            "help": "Order of a packed set: shuffled; balanced by the domains' trained tokens; from short to long responses."
+        },
+    )
     eval_file: str | None = field(
-        default=None, metadata={"help": "JSONL whose loss is measured at --eval_strategy."}
+        default=None,
+        metadata={
+            "help": "JSONL whose loss is measured at --eval_strategy; a packed set's held-out rows, if not given."
+        },
+    )
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error",
+        metadata={
+            "help": "Ends the run at a row of --train_file that breaks a rule, or leaves it out and counts it."
+        },
     )
     max_length: int = field(
         default=1024,
@@ -46,6 +66,13 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        if (self.train_file is None) == (self.pretokenized_dir is None):
+            raise ConfigError.of(
+                "train_file",
+                self.train_file,
+                rule="a run has either rows to tokenise or a packed set",
+                fix="pass one of --train_file and --pretokenized_dir",
+            )
         if self.max_length < 2:
             raise ConfigError.of(
                 "max_length",

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
-from srde.data.pack import PaddedCollator, pack, packed_collator, packing_is_exact
-from srde.data.rows import read_rows
-from srde.data.tokenize import tokenize_rows
+from srde.data.pack import packing_is_exact
 from srde.data.tokenizers import load_tokenizer
-from srde.errors import ConfigError, DataError
+from srde.errors import ConfigError
 from srde.train.arguments import DataArguments, ModelArguments, RunArguments, starting_config
+from srde.train.data import open_data
 from srde.train.losses import Supervision
 from srde.train.schedule import PruneCallback, SparsitySchedule
 from srde.train.trainer import SrdeTrainer
@@ -51,19 +49,6 @@ class Outcome:
     output_dir: Path
 
 
-class Rows(Dataset):  # type: ignore[type-arg]
-    """A list as a dataset."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
-
-
 def run(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -86,18 +71,13 @@ def run(
     set_seed(args.seed)
     config = starting_config(experts)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    rows = read_rows(data_args.train_file)
-    if args.supervised_experts and all(row.domain is None for row in rows):
-        raise DataError.at(
-            data_args.train_file, None, "domain", "no row has one; --supervised_experts needs them"
-        )
-    eval_rows = read_rows(data_args.eval_file) if data_args.eval_file else None
+    given = open_data(
+        data_args, tokenizer, need_domains=args.supervised_experts, seed=args.data_seed or args.seed
+    )
     kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     base = load_base(model_args.model_name_or_path, model_args.dtype, **kwargs)
-    packed = data_args.packing and packing_is_exact(base)
-    train_set, collate, facts = _prepare(tokenizer, rows, data_args, packed)
-    eval_set = _prepare(tokenizer, eval_rows, data_args, packed)[0] if eval_rows else None
-    if args.eval_strategy != "no" and eval_set is None:
+    data = given.prepare(tokenizer, data_args.packing and packing_is_exact(base))
+    if args.eval_strategy != "no" and data.evaluation is None:
         raise ConfigError.of(
             "eval_strategy", args.eval_strategy, rule="measuring needs held-out rows", fix="pass --eval_file"
         )
@@ -109,9 +89,9 @@ def run(
     trainer = SrdeTrainer(
         model=model,
         args=args,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=collate,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=data.collate,
         processing_class=tokenizer,
         callbacks=[PruneCallback(schedule), *callbacks],
     )
@@ -123,7 +103,7 @@ def run(
         _calibrate(trainer)
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    metrics = {**facts, **result.metrics, "seconds": time.perf_counter() - start}
+    metrics = {**data.facts, **result.metrics, "seconds": time.perf_counter() - start}
     output_dir = Path(args.output_dir or "")
     tokenizer.save_pretrained(str(output_dir))
     (output_dir / "train_results.json").write_text(
@@ -131,22 +111,6 @@ def run(
     )
     save_adapter(model, output_dir)
     return Outcome(model, tokenizer, metrics, output_dir)
-
-
-def _prepare(
-    tokenizer: PreTrainedTokenizerBase, rows: Any, data_args: DataArguments, packed: bool
-) -> tuple[Rows, Any, dict[str, Any]]:
-    tokenized = tokenize_rows(tokenizer, rows, max_length=data_args.max_length)
-    facts = {
-        "rows": len(tokenized.examples),
-        "rows_left_out": tokenized.dropped,
-        "tokens": sum(len(e.input_ids) for e in tokenized.examples),
-        "trained_tokens": tokenized.trained_tokens,
-        "packed": packed,
-    }
-    if packed:
-        return Rows(pack(tokenized.examples, max_length=data_args.max_length)), packed_collator, facts
-    return Rows(tokenized.examples), PaddedCollator(tokenizer.pad_token_id), facts
 
 
 def _calibrate(trainer: SrdeTrainer) -> None:

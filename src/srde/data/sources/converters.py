@@ -131,7 +131,7 @@ def choice(record: Record, fields: Fields) -> Converted | None:
 
     Settings: `question` (a column, or several to be joined), `options` (a column with a list of texts or with `text` and
     `label`, or a list of columns), `answer` (a column), and where wanted `context`, `rationale`, `id`, `shuffle` (for data sets
-    whose right option always comes first), `ask` (a sentence after the question) and `prefix` (a pattern that is cut from options).
+    whose right option always comes first), `ask` (a sentence after the question) and `prefix` (a pattern to cut from options).
     The answer may be one of the options' columns, or hold an option's label, its letter, its place counted from 0 (from `first`,
     where given) or its text.
     """

@@ -1,0 +1,167 @@
+"""Plots of statistics as SVG for a page: text in the page's own colour, ground transparent, nothing loaded from outside."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from srde.data.view.reading import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Of Okabe and Ito (2008), with those that vanish on white or black made mid-toned.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#b8860b", "#a0529a", "#3f9fc9", "#8c6d5a", "#7f7f7f")
+MOST_BARS = 40
+MOST_PANELS = 24
+_INK = "#010203"  # replaced by the page's text colour
+_LONGEST_NAME = 28
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "font.size": 10.0,
+    "font.family": "sans-serif",
+    "text.parse_math": False,  # a name such as "$x" is no formula
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 11.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def plots(stats: Mapping[str, Any]) -> dict[str, str]:
+    """Title -> SVG of each plot that there is something to show in."""
+    from matplotlib import rc_context
+
+    unit = stats["unit"]
+    color = {name: COLORS[place % len(COLORS)] for place, name in enumerate(stats["domains"])}
+    drawn = {}
+    with rc_context(_SETTINGS):
+        drawn[f"Length in {unit}, by domain"] = _svg(_lengths(stats["histograms"], unit, color), "lengths")
+        drawn[f"Rows and {unit} by domain"] = _svg(_shares(stats["domains"], unit, color), "domains")
+        by_domain = {
+            name: color[entry["domains"][0]] if len(entry["domains"]) == 1 else COLORS[-1]
+            for name, entry in stats["sources"].items()
+        }
+        drawn[f"Rows and {unit} by source, coloured by domain"] = _svg(
+            _shares(stats["sources"], unit, by_domain), "sources"
+        )
+        if reasons := stats["left_out"]["by_reason"]:
+            drawn["Rows left out, by reason"] = _svg(_reasons(reasons), "reasons")
+    return drawn
+
+
+def _lengths(histograms: Mapping[str, Any], unit: str, color: Mapping[str, str]) -> Figure:
+    from matplotlib.figure import Figure
+
+    names = list(histograms["domains"])[:MOST_PANELS]
+    across = min(3, len(names))
+    down = -(-len(names) // across)
+    figure = Figure(figsize=(9, 0.7 + 1.75 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True)
+    edges = histograms["edges"]
+    widths = [right - left for left, right in itertools.pairwise(edges)]
+    for place, axes in enumerate(grid.flat):
+        if place >= len(names):
+            axes.set_visible(False)
+            continue
+        name = names[place]
+        axes.bar(edges[:-1], histograms["domains"][name], widths, align="edge", color=color[name])
+        axes.set_title(_short(name), loc="left")
+        axes.set_xlim(0, edges[-1])
+        axes.locator_params(axis="y", nbins=4, integer=True)
+        axes.locator_params(axis="x", nbins=5)
+        axes.tick_params(labelbottom=place + across >= len(names))
+        _thousands(axes, "both")
+    figure.supxlabel(
+        unit + (" (the last bar holds all longer rows)" if histograms["open_end"] else ""), fontsize=10
+    )
+    figure.supylabel("rows", fontsize=10)
+    return figure
+
+
+def _shares(entries: Mapping[str, Any], unit: str, color: Mapping[str, str]) -> Figure:
+    from matplotlib.figure import Figure
+
+    names = list(entries)[:MOST_BARS]
+    rest = list(entries.values())[MOST_BARS:]
+    labels = [_short(name) for name in names] + ([f"{len(rest)} others"] if rest else [])
+    colors = [color[name] for name in names] + ([COLORS[-1]] if rest else [])
+    figure = Figure(figsize=(9, 0.8 + 0.28 * len(labels)), layout="constrained")
+    for axes, key, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("rows", "tokens"),
+        ("rows", f"{unit} (dark: trained)"),
+        strict=True,
+    ):
+        values = [entries[name][key] for name in names] + ([sum(one[key] for one in rest)] if rest else [])
+        _bars(axes, labels, values, colors, faint=key == "tokens")
+        if key == "tokens":
+            trained = [entries[name]["trained_tokens"] for name in names]
+            trained += [sum(one["trained_tokens"] for one in rest)] if rest else []
+            axes.barh(range(len(labels)), trained, color=colors, height=0.7)
+        axes.set_title(title, loc="left")
+    return figure
+
+
+def _reasons(reasons: Mapping[str, int]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.6 + 0.3 * len(reasons)), layout="constrained")
+    labels = [_short(name) for name in reasons]
+    _bars(figure.subplots(), labels, list(reasons.values()), [COLORS[0]] * len(reasons), faint=False)
+    return figure
+
+
+def _bars(
+    axes: Axes, labels: Sequence[str], values: Sequence[int], colors: Sequence[str], *, faint: bool
+) -> None:
+    bars = axes.barh(range(len(labels)), values, color=colors, height=0.7, alpha=0.45 if faint else 1.0)
+    axes.bar_label(bars, [f"{value:,}" for value in values], padding=3, fontsize=8.5)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(0, max(*values, 1) * 1.22)  # room for the numbers
+    axes.locator_params(axis="x", nbins=4)
+    axes.tick_params(axis="y", length=0)
+    _thousands(axes, "x")
+
+
+def _thousands(axes: Axes, which: str) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    for axis in [axes.xaxis, *([axes.yaxis] if which == "both" else [])]:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """The figure as an element of a page: no header, no metadata, ids that no other figure has."""
+    import warnings
+
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    stream = io.StringIO()
+    with rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
+        # The page's reader has the letters; only the widths that they are given here are a guess.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg ") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{salt}-', text)
+    text = re.sub(r"url\(#", f"url(#{salt}-", text)
+    text = re.sub(r'href="#', f'href="#{salt}-', text)
+    text = re.sub(r' width="[\d.]+pt"| height="[\d.]+pt"', "", text, count=2)
+    return text.replace(_INK, "currentColor")
