@@ -97,6 +97,10 @@ class RunArguments(TrainingArguments):
     per_device_train_batch_size: int = field(
         default=1, metadata={"help": "(Packed) rows per step and device."}
     )
+    per_device_eval_batch_size: int = field(
+        default=1,
+        metadata={"help": "(Packed) rows per evaluation step and device; packed ones are laid end to end."},
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     supervised_experts: bool = field(
         default=False,

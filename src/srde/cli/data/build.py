@@ -26,11 +26,12 @@ def main(argv: list[str]) -> int:
     if built.folder is None:
         console.print(
             f"part {settings.shard_index} of {settings.num_shards} is complete; when all are, join them with\n"
-            f"  srde data merge --parts ... --work_dir ..."
+            f"  srde data merge --parts ... --work_dir ...",
+            soft_wrap=True,
         )
         return 0
     console.print(summary(built.report))
-    console.print(f"train on it: srde train --pretokenized_dir {built.folder} ...")
+    console.print(f"train on it: srde train --pretokenized_dir {built.folder} ...", soft_wrap=True)
     if settings.upload_repo:
         console.print(upload(settings.work_dir, settings.upload_repo, private=settings.private))
     return 0

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     console = Console(highlight=False)
     built = merge(args.parts, args.work_dir, console, num_proc=args.num_proc)
     console.print(summary(built.report))
-    console.print(f"train on it: srde train --pretokenized_dir {built.folder} ...")
+    console.print(f"train on it: srde train --pretokenized_dir {built.folder} ...", soft_wrap=True)
     if args.upload_repo:
         console.print(upload(args.work_dir, args.upload_repo, private=args.private))
     return 0

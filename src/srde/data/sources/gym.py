@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from srde.data.sources.files import CHUNK_ROWS, Span
+from srde.data.sources import files as chunked
+from srde.data.sources.files import Span
 from srde.errors import ConfigError
 
 PREFIX = "reasoning-gym:"
@@ -21,8 +22,8 @@ def gym_version() -> str:
 def gym_spans(task: str, rows: int) -> tuple[Span, ...]:
     """A task's rows in chunks."""
     return tuple(
-        Span(PREFIX + task, "", start, min(start + CHUNK_ROWS, rows), start + 1)
-        for start in range(0, rows, CHUNK_ROWS)
+        Span(PREFIX + task, "", start, min(start + chunked.CHUNK_ROWS, rows), start + 1)
+        for start in range(0, rows, chunked.CHUNK_ROWS)
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from srde.data.sources.files import CHUNK_ROWS
+from srde.data.sources import files as chunked
 from srde.data.sources.registry import Source
 from srde.errors import DataError
 
@@ -44,8 +44,8 @@ def stream(source: Source, split: str, commit: str, skip: int) -> Iterator[pa.Ta
     with _told(source, split):
         rows = _open(source, split, commit).with_format("arrow")
         if skip:
-            rows = rows.skip(skip * CHUNK_ROWS)
-        yield from rows.iter(batch_size=CHUNK_ROWS)
+            rows = rows.skip(skip * chunked.CHUNK_ROWS)
+        yield from rows.iter(batch_size=chunked.CHUNK_ROWS)
 
 
 def _open(source: Source, split: str, commit: str) -> Any:

@@ -25,6 +25,8 @@ _SETTINGS = {
     "font.size": 10.0,
     "font.family": "sans-serif",
     "text.parse_math": False,  # a name such as "$x" is no formula
+    
+    "axes.facecolor": "none",
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -80,9 +82,13 @@ def _lengths(histograms: Mapping[str, Any], unit: str, color: Mapping[str, str])
         axes.locator_params(axis="x", nbins=5)
         axes.tick_params(labelbottom=place + across >= len(names))
         _thousands(axes, "both")
-    figure.supxlabel(
-        unit + (" (the last bar holds all longer rows)" if histograms["open_end"] else ""), fontsize=10
+    few = (
+        f"; the first {len(names)} of {len(histograms['domains'])} domains"
+        if len(names) < len(histograms["domains"])
+        else ""
     )
+    end = " (the last bar holds all longer rows)" if histograms["open_end"] else ""
+    figure.supxlabel(f"{unit}{end}{few}", fontsize=10)
     figure.supylabel("rows", fontsize=10)
     return figure
 
@@ -91,23 +97,18 @@ def _shares(entries: Mapping[str, Any], unit: str, color: Mapping[str, str]) -> 
     from matplotlib.figure import Figure
 
     names = list(entries)[:MOST_BARS]
-    rest = list(entries.values())[MOST_BARS:]
-    labels = [_short(name) for name in names] + ([f"{len(rest)} others"] if rest else [])
-    colors = [color[name] for name in names] + ([COLORS[-1]] if rest else [])
-    figure = Figure(figsize=(9, 0.8 + 0.28 * len(labels)), layout="constrained")
-    for axes, key, title in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("rows", "tokens"),
-        ("rows", f"{unit} (dark: trained)"),
-        strict=True,
-    ):
-        values = [entries[name][key] for name in names] + ([sum(one[key] for one in rest)] if rest else [])
-        _bars(axes, labels, values, colors, faint=key == "tokens")
-        if key == "tokens":
-            trained = [entries[name]["trained_tokens"] for name in names]
-            trained += [sum(one["trained_tokens"] for one in rest)] if rest else []
-            axes.barh(range(len(labels)), trained, color=colors, height=0.7)
-        axes.set_title(title, loc="left")
+    colors = [color[name] for name in names]
+    labels = [_short(name) for name in names]
+    figure = Figure(figsize=(9, 0.8 + 0.28 * len(names)), layout="constrained")
+    grid = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
+    _bars(grid[0], labels, [entries[name]["rows"] for name in names], colors, faint=False)
+    _bars(grid[1], labels, [entries[name]["tokens"] for name in names], colors, faint=True)
+    grid[1].barh(
+        range(len(names)), [entries[name]["trained_tokens"] for name in names], color=colors, height=0.7
+    )
+    few = "" if len(names) == len(entries) else f", the first {len(names)} of {len(entries)}"
+    grid[0].set_title(f"rows{few}", loc="left")
+    grid[1].set_title(f"{unit} (full colour: trained)", loc="left")
     return figure
 
 
@@ -156,10 +157,11 @@ def _svg(figure: Figure, salt: str) -> str:
     with rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
         # The page's reader has the letters; only the widths that they are given here are a guess.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(stream)
     text = stream.getvalue()
     text = text[text.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")  # HTML needs neither
     text = re.sub(r'\bid="', f'id="{salt}-', text)
     text = re.sub(r"url\(#", f"url(#{salt}-", text)
     text = re.sub(r'href="#', f'href="#{salt}-', text)

@@ -85,13 +85,18 @@ def each_row(path: str | Path) -> Iterator[Row | DataError]:
     Args:
         path: A file (`.jsonl`, `.jsonl.gz`, `.json`, `.parquet`) or a folder of them.
     """
+    return (row for _, row in numbered_rows(path))
+
+
+def numbered_rows(path: str | Path) -> Iterator[tuple[int, Row | DataError]]:
+    """The same with the rows' lines, counted from 1 in each file; errors that mean a whole file have 0."""
     try:
         files = data_files(path)
     except DataError as error:
-        yield error
+        yield 0, error
         return
-    except OSError as error:
-        yield DataError.at(path, None, "file", f"cannot be read ({error})")
+    except UNREADABLE as error:
+        yield 0, DataError.at(path, None, "file", f"cannot be read ({error})")
         return
     for file in files:
         empty = True
@@ -100,15 +105,18 @@ def each_row(path: str | Path) -> Iterator[Row | DataError]:
                 for span in open_file(file, str(file), Path(scratch)).spans:
                     for line, record in read_span(span):
                         empty = False
-                        yield record if isinstance(record, DataError) else try_row(record, span.file, line)
+                        yield (
+                            line,
+                            record if isinstance(record, DataError) else try_row(record, span.file, line),
+                        )
             except DataError as error:
                 empty = False
-                yield error
+                yield 0, error
             except UNREADABLE as error:
                 empty = False
-                yield DataError.at(file, None, "file", f"cannot be read ({type(error).__name__}: {error})")
+                yield 0, DataError.at(file, None, "file", f"cannot be read ({type(error).__name__}: {error})")
         if empty:
-            yield DataError.at(file, None, "file", "is empty; it must hold at least one row")
+            yield 0, DataError.at(file, None, "file", "is empty; it must hold at least one row")
 
 
 def same_text(row: Row) -> int:

@@ -242,14 +242,15 @@ def _figures(examples: _Examples) -> dict[str, Any]:
     # A few very long rows would press all others into the first bars.
     longest, most = int(examples.length_X.max()), int(np.percentile(examples.length_X, 99))
     end = longest if longest <= 2 * most else most
-    edges = np.linspace(0, max(end, 1), BINS + 1)
+    width = max(-(-end // BINS), 1)  # whole numbers, so that every bar stands for as many lengths
+    edges = np.arange(0, end + width + 1, width)
     clipped_X = np.minimum(examples.length_X, edges[-1])
     return {
         "total": _entry(examples, np.ones(len(clipped_X), dtype=bool), total),
         "domains": domains,
         "sources": sources,
         "histograms": {
-            "edges": edges.round(2).tolist(),
+            "edges": edges.tolist(),
             "open_end": end < longest,
             "domains": {
                 name: np.histogram(clipped_X[examples.domain_X == by_name[name]], edges)[0].tolist()
