@@ -1,10 +1,13 @@
 """The command line's own part: verbs, exit codes, and the errors that every verb shares."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from srde.cli import VERBS, main
+from srde.cli.data import VERBS as DATA_VERBS
 from srde.data.quickstart import build_quickstart
 from tiny import save_tiny
 
@@ -28,11 +31,29 @@ def test_an_unknown_verb_gets_the_nearest(capsys):
     assert "there is no verb 'trian'. Did you mean 'train'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb",
+    [*([verb] for verb in VERBS if verb != "data"), *(["data", verb] for verb in DATA_VERBS)],
+    ids="-".join,
+)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as done:
-        main([verb, "--help"])
-    assert done.value.code == 0 and f"srde {verb}" in capsys.readouterr().out
+        main([*verb, "--help"])
+    assert done.value.code == 0 and f"srde {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_a_group_of_verbs_lists_them(capsys):
+    assert main(["data", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in DATA_VERBS)
+    assert main(["data"]) == 2
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 20_000)
+    command = f"{sys.executable} -m srde data check {tmp_path / 'rows.jsonl'} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
 @pytest.fixture(scope="module")

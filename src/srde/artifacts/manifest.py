@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -181,7 +182,9 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}: bytes", size, rule=f"a manifest has at most {_LARGEST_MANIFEST}", fix=_RESTORE
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise ArtifactError.of(
             "manifest", str(path), rule=f"must be JSON in UTF-8: {error}", fix=_RESTORE
@@ -191,6 +194,12 @@ def _load(path: Path) -> dict[str, Any]:
             "manifest", str(path), rule=f'must be an object with "format": "{FORMAT}"', fix=_RESTORE
         )
     return content
+
+
+def _finite(number: str) -> float:
+    if math.isinf(float(number)):
+        raise ValueError(f"{number} is too large")
+    return float(number)
 
 
 def _refuse_constant(name: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import warnings
 
@@ -54,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"srde.cli.{verb}").main(argv[1:])
     except SrdeError as error:
         print(f"srde {verb}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has enough: `srde data check ... | head`
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter complains when it flushes
         return 1
     except KeyboardInterrupt:
         print(f"srde {verb}: interrupted", file=sys.stderr)

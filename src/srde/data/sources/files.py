@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,9 @@ def _unpacked(path: Path, target: Path) -> Path:
                 shutil.copyfileobj(source, sink, _BLOCK)
         else:
             _write_lines(json.loads(path.read_text(encoding="utf-8")), path, part)
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError.at(path, None, "file", f"cannot be read ({error})") from error
     part.replace(target)
     return target

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from srde.artifacts import MANIFEST_NAME, Manifest, read_manifest, verify
 from srde.data.build.finish import digest
+from srde.data.build.row_prints import text_print
 from srde.data.rows import Row
 from srde.data.tokenize import Encoded
 from srde.data.tokenizers import tokenizer_fingerprints
@@ -20,7 +21,6 @@ from srde.data.view.reading import (
     find_set,
     leaks,
     printable,
-    same_text,
 )
 from srde.data.view.shards import SUFFIX, metadata_defects, shard_names
 from srde.errors import ArtifactError, DataError
@@ -69,7 +69,7 @@ def _repeats(
 ) -> Iterator[str]:
     if row.id is not None and (first := ids.setdefault((row.source, row.id), place)) != place:
         yield f"{place}: id: {row.id!r} is that of {first} already; give each row of a source an id of its own"
-    if (first := texts.setdefault(same_text(row), place)) != place:
+    if (first := texts.setdefault(text_print(row), place)) != place:
         yield f"{place}: row: repeats {first}; leave one of them out"
     if row.domain is None:
         yield f"{place}: domain: is missing; a build takes it from the row or from the source's entry"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from srde.data.build import fingerprint as prints
-from srde.data.build.contamination import hash_rows
+from srde.data.build.row_prints import answer_print, hash_rows, near_prints, text_print
 from srde.data.build.select import exact_duplicates, near_duplicates
 from srde.data.build.settings import BuildSettings
 from srde.data.rows import Row
-from srde.data.view.reading import same_text
 
 
 class Fingerprints:
@@ -31,15 +28,11 @@ class Fingerprints:
         """Takes the next rows."""
         if not rows:
             return
-        self._texts += [same_text(row) for row in rows]
-        self._answers += [_answer(row) for row in rows]
-        # Questions on one passage are alike for the passage's sake: compared among themselves, by what is their own.
-        salts = np.array(
-            [prints.text_hash(row.document) if row.document else 0 for row in rows], dtype=np.uint64
-        )
-        sets = prints.shingles(hash_rows([_without_document(row) for row in rows])[0], salts)
-        self._bands.append(prints.band_keys(sets))
-        self._shingles += [part.astype(np.uint32) for part in np.split(sets.hashes, sets.offsets[1:-1])]
+        self._texts += [text_print(row) for row in rows]
+        self._answers += [answer_print(row) for row in rows]
+        bands, sets = near_prints(rows, hash_rows(rows)[0])
+        self._bands.append(bands)
+        self._shingles += np.split(sets.hashes, sets.offsets[1:-1])
 
     def numbers(self, name: str) -> np.ndarray:
         """The column `bands`, uint64 [rows, BANDS]."""
@@ -59,14 +52,3 @@ class Fingerprints:
         alive[list(exact)] = False
         answers = np.array(self._answers, dtype=np.uint64)
         return exact, near_duplicates(self, alive, answers, BuildSettings.near_duplicate_threshold)
-
-
-def _answer(row: Row) -> int:
-    return prints.text_hash(" ".join(str(row.answer).lower().split())) if row.answer is not None else 0
-
-
-def _without_document(row: Row) -> Row:
-    if not row.document:
-        return row
-    prompt = [{**turn, "content": turn["content"].replace(row.document, "")} for turn in row.prompt]
-    return replace(row, prompt=prompt)

@@ -25,7 +25,7 @@ _SETTINGS = {
     "font.size": 10.0,
     "font.family": "sans-serif",
     "text.parse_math": False,  # a name such as "$x" is no formula
-    
+    "figure.facecolor": "none",
     "axes.facecolor": "none",
     "text.color": _INK,
     "axes.edgecolor": _INK,

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pyarrow as pa
 
 from srde.artifacts import MANIFEST_NAME
-from srde.data.build.contamination import EvaluationIndex, hash_rows, passages, prompt_text
-from srde.data.build.fingerprint import text_hash
+from srde.data.build.contamination import EvaluationIndex, hash_rows, passages
 from srde.data.build.finish import OUTPUT
 from srde.data.build.settings import BuildSettings
 from srde.data.build.write import write_text
@@ -117,11 +116,6 @@ def numbered_rows(path: str | Path) -> Iterator[tuple[int, Row | DataError]]:
                 yield 0, DataError.at(file, None, "file", f"cannot be read ({type(error).__name__}: {error})")
         if empty:
             yield 0, DataError.at(file, None, "file", "is empty; it must hold at least one row")
-
-
-def same_text(row: Row) -> int:
-    """Stands for the row's whole text, blanks aside: what a build takes for an exact duplicate has the same."""
-    return text_hash(" ".join(f"{prompt_text(row)}\n{row.response}".split()))
 
 
 def encoded(
