@@ -223,17 +223,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder is not None:
         places = sorted(path for path in args.folder.glob("*/*") if path.is_dir())
-        repositories = {f"{path.parent.name}/{path.name}": folder_files(path) for path in places}
+        repositories = {f"{path.parent.name}/{path.name}": (folder_files(path), "main") for path in places}
     else:
         import hub_rows  # only by hand: a test says itself what its hub holds
 
         repositories = {
-            repo_id: hub_rows.build_files(repo_id, rows_per_split=args.rows_per_split, seed=0)
-            for repo_id in hub_rows.REPOSITORIES
+            repo_id: (
+                hub_rows.build_files(repo_id, rows_per_split=args.rows_per_split, seed=0),
+                repository.revision,
+            )
+            for repo_id, repository in hub_rows.REPOSITORIES.items()
         }
     with StandInHub(port=args.port) as hub:
-        for repo_id, files in repositories.items():
-            hub.add(repo_id, files)
+        for repo_id, (files, revision) in repositories.items():
+            hub.add(repo_id, files, revision=revision)
             print(f"{repo_id}: {len(files)} files")
         print(
             f"Serving at {hub.endpoint} until Ctrl-C. In another shell:\n\nexport HF_ENDPOINT={hub.endpoint}"

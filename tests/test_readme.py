@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,9 +63,10 @@ def test_the_two_commands_are_make_targets():
         assert ("srde quickstart" if "quickstart" in command else "-m pytest") in planned.stdout
 
 
-def test_the_shell_block_runs_as_written(home):
-    (block,) = [b for b in blocks("README.md", "bash") if "srde train" in b]
-    out = run(["bash", "-euo", "pipefail", "-c", block], home)
+def test_the_shell_blocks_run_as_written(home):
+    script = "".join(b for b in blocks("README.md", "bash") if "srde train" in b)
+    out = run(["bash", "-euo", "pipefail", "-c", script], home)
+    assert "adapter: runs/built" in out and (home / "data/tokenized/MANIFEST.json").is_file()
     assert "adapter: runs/mine" in out and "Held-out rows: base and srde" in out and "expert" in out
     assert (home / "runs/mine/adapter_model.safetensors").is_file()
     assert (home / "runs/mine/plots/routing.png").is_file()
@@ -82,7 +85,7 @@ def test_every_page_that_the_readme_links_to_exists():
 
 
 def test_the_front_page_of_the_docs_shows_the_same_commands():
-    (ours,) = [b for b in blocks("README.md", "bash") if "srde train" in b]
+    ours = next(b for b in blocks("README.md", "bash") if "srde plan" in b)
     assert ours in blocks("docs/index.md", "bash")
 
 
@@ -94,3 +97,43 @@ def test_the_commands_of_the_training_guide_run_as_written(home):
     assert (
         "adapter: runs/mine" in out and "adapter: runs/supervised" in out and "router_supervision_loss" in out
     )
+
+
+def test_the_commands_of_the_data_guide_run_as_written(home):
+    commands = [
+        b for b in blocks("docs/guides/data.md", "bash") if "srde data" in b and "HF_ENDPOINT" not in b
+    ]
+    assert len(commands) == 5
+    script = "source .venv/bin/activate\nMODEL=~/.cache/srde/SmolLM2-135M-Instruct\nrm -rf data\n" + "".join(
+        commands
+    )
+    out = run(["bash", "-euo", "pipefail", "-c", script], home)
+    assert "gsm8k" in out and "adapter: runs/built" in out and (home / "data/stats.html").is_file()
+    (block,) = blocks("docs/guides/data.md", "python")
+    assert "torch.Size([1, " in run([sys.executable, "-c", block], home)
+
+
+def test_the_stand_in_hub_of_the_data_guide(home):
+    serve, use = [
+        b for b in blocks("docs/guides/data.md", "bash") if "standin_hub" in b or "HF_ENDPOINT" in b
+    ]
+    with socket.socket() as probe:  # the guide's port may be taken here
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    hub = subprocess.Popen(
+        [sys.executable, *shlex.split(serve.replace("8765", port))[1:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = next(line for line in hub.stdout if "HF_ENDPOINT" in line)
+        assert f"export HF_ENDPOINT=http://127.0.0.1:{port}" in line
+        start = (
+            "source .venv/bin/activate\nMODEL=~/.cache/srde/SmolLM2-135M-Instruct\nexport HF_HUB_OFFLINE=0\n"
+        )
+        run(["bash", "-euo", "pipefail", "-c", start + use.replace("8765", port)], home)
+    finally:
+        hub.terminate()
+        hub.communicate()
+    assert (home / "from_hub/data.jsonl").read_text().count("\n") == 180

@@ -126,7 +126,9 @@ def test_json_of_another_kind(folder, text):
         verify(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"a": NaN}', '{"a": 1e999}', "[" * 100_000, b"\xff\xfe"], ids=range(6))
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"a": NaN}', '{"a": 1e999}', "[" * 100_000, b"\xff\xfe"], ids=range(6)
+)
 def test_broken_json(folder, text):
     (folder / MANIFEST_NAME).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ArtifactError, match=rf"manifest='.*{MANIFEST_NAME}': must be JSON in UTF-8: "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
@@ -67,8 +68,8 @@ def index():
         row(None, f"{prose(Random(3), 'shop', 50, 80)} {QUESTION}"),
         row(QUESTION.replace("a week", "a\u00a0week").replace("Marta", "\uff2darta")),
         Row(
-            [{"role": "system", "content": "Be short."}, {"role": "user", "content": QUESTION}, {"role": "assistant", "content": "?"},
-             {"role": "user", "content": "Well?"}], "123", "f", 1,
+            [{"role": role, "content": said} for role, said in
+             [("system", "Be short."), ("user", QUESTION), ("assistant", "?"), ("user", "Well?")]], "123", "f", 1,
         ),
     ],
 )  # fmt: skip
@@ -78,7 +79,11 @@ def test_a_leak_is_found_in_any_dress(index, leak):
 
 def test_rows_of_their_own_are_no_leaks(index):
     rng = Random(11)
-    clean = [row(prose(rng, topic, 20, 60), prose(rng, topic, 20, 60)) for topic in sorted(TOPICS) for _ in range(20)]
+    clean = [
+        row(prose(rng, topic, 20, 60), prose(rng, topic, 20, 60))
+        for topic in sorted(TOPICS)
+        for _ in range(20)
+    ]
     clean += [row("Which?\n\n" + OPTIONS), row("How many eggs does Marta take to the fair in three weeks?")]
     assert found(index, clean) == [None] * len(clean)
 
@@ -91,7 +96,10 @@ def test_the_question_is_named_that_the_row_holds(index):
 def test_of_two_the_one_that_the_row_holds_more_of_is_named():
     shared = distinct(20)
     index = index_of([row(f"{shared} {distinct(20, 100)}"), row(f"{shared} {distinct(20, 200)}")])
-    assert found(index, [row(f"{shared} {distinct(19, 100)}"), row(f"{shared} {distinct(19, 200)}")]) == ["test: 0", "test: 1"]
+    assert found(index, [row(f"{shared} {distinct(19, 100)}"), row(f"{shared} {distinct(19, 200)}")]) == [
+        "test: 0",
+        "test: 1",
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
@@ -105,7 +113,11 @@ def test_very_short_questions_count_only_as_a_whole_prompt(length):
 @pytest.mark.parametrize("length", [5, 6, 12])
 def test_short_questions_count_wherever_they_stand_as_a_whole(length):
     index = index_of([row(distinct(length), "Yes"), row(distinct(30, 500))])
-    leaks = [row(distinct(length)), row(f"so {distinct(length)} then"), row("Ask me.", f"Well: {distinct(length)}")]
+    leaks = [
+        row(distinct(length)),
+        row(f"so {distinct(length)} then"),
+        row("Ask me.", f"Well: {distinct(length)}"),
+    ]
     assert found(index, leaks) == ["test: 0"] * 3
     assert found(index, [row(f"so {distinct(length - 1)} then"), row(distinct(length - 1, 1))]) == [None] * 2
 
@@ -167,13 +179,21 @@ def test_a_single_ngram_is_not_enough_but_half_of_them_are(shared, overlap, expe
 @pytest.mark.parametrize("text", ["0 " * 40, "- - x = " * 20, "a b c d " * 12, "no no no no no no"])
 def test_uniform_passages_count_only_as_a_whole_prompt(text):
     index = index_of([row(text, text), row(f"{text}\n{text}\n{text}")])
-    assert found(index, [row("This matrix", f"is {text}"), row(text + " x"), row(f"{text} " * 3)]) == [None, None, "test: 1"]
+    assert found(index, [row("This matrix", f"is {text}"), row(text + " x"), row(f"{text} " * 3)]) == [
+        None,
+        None,
+        "test: 1",
+    ]
     assert found(index, [row(text)]) == ["test: 0"]
 
 
 def test_plain_text_is_a_question_as_a_whole():
     index = index_of([row(None, distinct(40))])
-    assert found(index, [row(None, f"x {distinct(40)}"), row("a", distinct(40)), row(None, "w1 w2")]) == ["test: 0", "test: 0", None]
+    assert found(index, [row(None, f"x {distinct(40)}"), row("a", distinct(40)), row(None, "w1 w2")]) == [
+        "test: 0",
+        "test: 0",
+        None,
+    ]
 
 
 @pytest.mark.parametrize("rows", [[row(None, "?!")], [row("?!", "!?")], [row(None, "0 0 0")]])
@@ -207,12 +227,16 @@ def test_what_was_saved_gives_the_same_answers(tmp_path, index):
 def test_merged_parts_are_the_whole():
     """Boilerplate is so by the count over all parts, and the questions' numbers go on from part to part."""
     order = "Choose the one option that follows from the rules of the game alone and nothing else"
-    rows = [
-        row(f"{distinct(place % 25 + 2, 100 * place)}\n{distinct(9, 100 * place + 30)}\n{order if place % 4 else ''}", distinct(14, 100 * place + 50))
-        for place in range(60)
-    ]  # fmt: skip
+    rows = []
+    for place in range(60):
+        lines = [
+            distinct(place % 25 + 2, 100 * place),
+            distinct(9, 100 * place + 30),
+            order if place % 4 else "",
+        ]
+        rows.append(row("\n".join(lines), distinct(14, 100 * place + 50)))
     cuts = [0, 1, 2, 9, 17, 40, 60]
-    parts = [rows[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [rows[a:b] for a, b in itertools.pairwise(cuts)]
     merged = merge_passages([passages(part, 13) for part in parts], [len(part) for part in parts])
     one = EvaluationIndex.of([f"test: {place}" for place in range(60)], merged)
     whole = index_of(rows)
@@ -229,10 +253,16 @@ def test_merged_parts_are_the_whole():
 def questions(rng: Random) -> list[Row]:
     """Questions of all lengths, with repeated lines, shared passages and uniform ones."""
     shared = [prose(rng, "archive", 30, 60) for _ in range(3)]
-    orders = ["Answer with the letter of the correct option.", "Choose the one that follows from the rules of the game alone."]
+    orders = [
+        "Answer with the letter of the correct option.",
+        "Choose the one that follows from the rules of the game alone.",
+    ]
     made = []
     for place in range(70):
-        parts = [prose(rng, rng.choice(sorted(TOPICS)), low, low + 10) for low in rng.choice([(2,), (6,), (20,), (9, 9), (30, 5, 8)])]
+        parts = [
+            prose(rng, rng.choice(sorted(TOPICS)), low, low + 10)
+            for low in rng.choice([(2,), (6,), (20,), (9, 9), (30, 5, 8)])
+        ]
         if rng.random() < 0.3:
             parts.insert(0, rng.choice(shared))
         if rng.random() < 0.6:
@@ -240,7 +270,11 @@ def questions(rng: Random) -> list[Row]:
         if place % 10 == 0:
             parts = [rng.choice(["0 0 0 1 " * 9, "Why?", "Is it so that he went", ", ".join("abcab")])]
         text = rng.choice(["\n", "\n\n", " "]).join(parts)
-        made.append(row(None, text) if place % 9 == 8 else row(text, prose(rng, "shop", *rng.choice([(2, 4), (13, 30)]))))
+        made.append(
+            row(None, text)
+            if place % 9 == 8
+            else row(text, prose(rng, "shop", *rng.choice([(2, 4), (13, 30)])))
+        )
     return made
 
 
@@ -249,7 +283,9 @@ def mixed_row(rng: Random, rows: Sequence[Row]) -> Row:
     pieces = [prose(rng, rng.choice(sorted(TOPICS)), 3, 25)]
     for _ in range(rng.randint(0, 2)):
         source = rng.choice(rows)
-        taken = rng.choice([contaminated.prompt_text(source) or source.response, source.response]).split(rng.choice(["\n", "\r"]))
+        taken = rng.choice([contaminated.prompt_text(source) or source.response, source.response]).split(
+            rng.choice(["\n", "\r"])
+        )
         own = rng.choice(taken).split()
         start = rng.randrange(max(len(own) // 2, 1)) if rng.random() < 0.5 else 0
         end = rng.randint(start, len(own)) if rng.random() < 0.5 else len(own)
@@ -266,7 +302,9 @@ def ngrams(text: list[bytes], width: int) -> set[tuple[bytes, ...]]:
     return {tuple(text[place : place + width]) for place in range(len(text) - width + 1)}
 
 
-def slow_index(rows: Sequence[Row], width: int) -> tuple[list[tuple[int, set[tuple[bytes, ...]]]], dict[tuple[bytes, ...], int]]:
+def slow_index(
+    rows: Sequence[Row], width: int
+) -> tuple[list[tuple[int, set[tuple[bytes, ...]]]], dict[tuple[bytes, ...], int]]:
     """The passages of every question as sets of n-grams without boilerplate; and the whole prompts."""
     said: list[tuple[int, bool, set[tuple[bytes, ...]]]] = []
     for place, one in enumerate(rows):
@@ -280,14 +318,22 @@ def slow_index(rows: Sequence[Row], width: int) -> tuple[list[tuple[int, set[tup
             own = words(text)
             if len(own) >= least and len(set(own)) >= 5:
                 said.append((place, tells, ngrams(own, width) or {tuple(own)}))
-    standing = Counter(ngram for place in range(len(rows)) for ngram in set().union(*(s for p, _, s in said if p == place)))
+    standing = Counter(
+        ngram for place in range(len(rows)) for ngram in set().union(*(s for p, _, s in said if p == place))
+    )
     kept = [(place, {ngram for ngram in own if standing[ngram] <= 8}) for place, tells, own in said if tells]
-    wholes = {tuple(words("\n".join(turn["content"] for turn in one.prompt))): place for place, one in enumerate(rows) if one.prompt}
+    wholes = {
+        tuple(words("\n".join(turn["content"] for turn in one.prompt))): place
+        for place, one in enumerate(rows)
+        if one.prompt
+    }
     wholes.pop((), None)
     return [(place, own) for place, own in kept if own], wholes
 
 
-@pytest.mark.parametrize(("seed", "width", "overlap"), [(1, 13, 0.5), (2, 13, 0.5), (3, 13, 0.9), (4, 8, 0.3), (5, 20, 0.5)])
+@pytest.mark.parametrize(
+    ("seed", "width", "overlap"), [(1, 13, 0.5), (2, 13, 0.5), (3, 13, 0.9), (4, 8, 0.3), (5, 20, 0.5)]
+)
 def test_a_slow_reading_of_the_rule_agrees(seed, width, overlap):
     rng = Random(seed)
     rows = questions(rng)
@@ -303,7 +349,11 @@ def test_a_slow_reading_of_the_rule_agrees(seed, width, overlap):
         whole = [place for text, place in wholes.items() if text == tuple(prompt)]
         best = max([*(share for share, _ in shares), *(1.0 for _ in whole)])
         if best >= overlap:
-            assert result in {f"test: {place}" for share, place in [*shares, *((1.0, place) for place in whole)] if share == best}
+            assert result in {
+                f"test: {place}"
+                for share, place in [*shares, *((1.0, place) for place in whole)]
+                if share == best
+            }
         else:
             assert result is None
     assert 0.2 < np.mean([one is not None for one in results[:300]]) < 0.8

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from srde.data.domains import DOMAINS
-from srde.data.rows import read_rows
+from srde.data.rows import Row, read_rows, scan_rows, try_row
 from srde.errors import DataError
 
 GOOD = '{"prompt": "1+1?", "response": "2"}'
@@ -37,6 +37,86 @@ def test_last_assistant_turn_is_the_response(jsonl):
     (row,) = read_rows(jsonl(json.dumps({"messages": turns})))
     assert row.prompt == turns[:-1]
     assert row.response == "a2"
+
+
+def test_instructions_with_and_without_an_input(jsonl):
+    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    without = {name: text for name, text in alpaca.items() if name != "input"}
+    contents = [
+        alpaca,
+        without,
+        alpaca | {"input": ""},
+        alpaca | {"input": None},
+        alpaca | {"domain": "math", "n": 1},
+    ]
+    rows = read_rows(jsonl(*map(json.dumps, contents)))
+    prompts = ["Add.\n\n1 2", "Add.", "Add.", "Add.", "Add.\n\n1 2"]
+    assert [row.prompt for row in rows] == [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert {row.response for row in rows} == {"3"}
+    assert (rows[4].domain, rows[4].metadata) == ("math", {"n": 1}) and rows[0].metadata == {}
+
+
+def test_input_and_output_belong_to_instructions_alone(jsonl):
+    (row,) = read_rows(jsonl('{"prompt": "a", "response": "b", "input": "c", "output": "d"}'))
+    assert row.prompt == [{"role": "user", "content": "a"}] and row.response == "b"
+    assert row.metadata == {"input": "c", "output": "d"}
+
+
+def test_sharegpt_conversations_have_the_roles_of_messages(jsonl):
+    said = [
+        ("system", "s"),
+        ("human", "u1"),
+        ("gpt", "a1"),
+        ("user", "u2"),
+        ("tool", "t"),
+        ("chatgpt", "a2"),
+        ("human", "u3"),
+    ]
+    for last in ("gpt", "assistant", "chatgpt", "model"):
+        turns = [{"from": role, "value": text, "weight": 1} for role, text in [*said, (last, "a3")]]
+        (row,) = read_rows(jsonl(json.dumps({"conversations": turns, "id": "7"})))
+        roles = ["system", "user", "assistant", "user", "tool", "assistant", "user"]
+        assert row.prompt == [
+            {"role": role, "content": text} for role, (_, text) in zip(roles, said, strict=True)
+        ]
+        assert (row.response, row.id, row.metadata) == ("a3", "7", {})
+
+
+def test_a_document_is_kept(jsonl):
+    rows = read_rows(
+        jsonl('{"prompt": "a", "response": "b", "document": "d 1"}', GOOD, '{"text": "a", "document": null}')
+    )
+    assert [row.document for row in rows] == ["d 1", None, None]
+    assert all(row.metadata == {} for row in rows)
+
+
+def test_errors_stand_in_the_place_of_their_rows(jsonl):
+    path = jsonl(GOOD, "", "nonsense", GOOD, '{"prompt": "a"}', "[1]", GOOD)
+    found = list(scan_rows(path))
+    assert [isinstance(one, Row) for one in found] == [True, False, True, False, False, True]
+    assert [one.line for one in found if isinstance(one, Row)] == [1, 4, 7]
+    starts = [
+        f"{path}:3: row: is not JSON",
+        f"{path}:5: response: is missing",
+        f"{path}:6: row: must be a JSON object",
+    ]
+    errors = [str(one) for one in found if isinstance(one, DataError)]
+    assert all(error.startswith(start) for error, start in zip(errors, starts, strict=True))
+    with pytest.raises(DataError, match=r":3: row: is not JSON"):
+        read_rows(path)
+
+
+def test_only_bad_rows_are_no_empty_file(jsonl):
+    (error,) = scan_rows(jsonl("nonsense"))
+    assert isinstance(error, DataError)
+
+
+def test_records_are_read_like_lines():
+    assert try_row(GOOD.encode(), "f", 3) == try_row(json.loads(GOOD), "f", 3)
+    assert (
+        str(try_row({"prompt": 1, "response": "a"}, "f", 3)) == "f:3: prompt: must be a string, not a number"
+    )
+    assert str(try_row(b"[", "f", 3)).startswith("f:3: row: is not JSON")
 
 
 def test_text_has_no_prompt(jsonl):
@@ -81,6 +161,30 @@ def test_lines_are_counted_with_blank_ones_and_unusual_characters(jsonl):
          "messages[1].role: must be 'assistant', not 'user'"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
          "messages[1].content: is empty"),
+        ('{"instruction": "a"}', "output: is missing; an instruction needs its output"),
+        ('{"instruction": "a", "output": ""}', "output: is empty"),
+        ('{"instruction": "a", "output": null}', "output: must be a string, not null"),
+        ('{"instruction": "", "output": "b"}', "instruction: is empty"),
+        ('{"instruction": ["a"], "output": "b"}', "instruction: must be a string, not a list"),
+        ('{"instruction": "a", "input": 3, "output": "b"}', "input: must be a string, not a number"),
+        ('{"instruction": "a", "input": " ", "output": "b"}', "input: is empty"),
+        ('{"instruction": "a", "output": "b", "prompt": "c"}', 'it has "prompt" and "instruction"'),
+        ('{"conversations": {"from": "human"}}', "conversations: must be a list of at least two turns"),
+        ('{"conversations": [{"from": "gpt", "value": "a"}]}', "conversations: must be a list of at least two turns"),
+        ('{"conversations": ["a", "b"]}', "conversations[0]: must be an object with from and value, not a string"),
+        ('{"conversations": [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}]}',
+         "conversations[0].from: is missing"),
+        ('{"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}', "conversations[0].value: is missing"),
+        ('{"conversations": [{"from": "bing", "value": "a"}, {"from": "gpt", "value": "b"}]}',
+         "conversations[0].from: must be one of human, user, gpt, assistant, chatgpt, model, system, tool, not 'bing'"),
+        ('{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}',
+         "conversations[1].from: must be 'assistant', not 'user': the last turn is the response"),
+        ('{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "b"}]}',
+         "conversations[0].value: must be a string, not a number"),
+        ('{"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "b"}]}',
+         "conversations[0].from: must be a string, not a list"),
+        ('{"text": "a", "document": 3}', "document: must be a string, not a number"),
+        ('{"text": "a", "document": " "}', "document: is empty"),
         ('{"text": "a", "domain": 3}', "domain: must be a string, not a number"),
         ('{"text": "a", "domain": ""}', "domain: is empty"),
         ('{"text": "a", "kind": true}', "kind: must be a string, not true or false"),

@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+import itertools
+from random import Random
+
 import pytest
 
+from srde.data import tokenize
 from srde.data.rows import Row
-from srde.data.tokenize import IGNORE, prompt_ids, tokenize_row, tokenize_rows
+from srde.data.tokenize import (
+    IGNORE,
+    Encoded,
+    encode_row,
+    encode_rows,
+    prompt_ids,
+    tokenize_row,
+    tokenize_rows,
+)
 from srde.errors import DataError
+from tiny import CHAT_TEMPLATE
 
 
 def row(prompt: str | None, response: str, line: int = 1) -> Row:
@@ -133,3 +146,121 @@ def test_nothing_left_names_the_shortest_row_and_the_fix(chat_tokenizer):
 def test_no_rows_are_refused(chat_tokenizer):
     with pytest.raises(DataError, match="no row to train on"):
         tokenize_rows(chat_tokenizer, [], max_length=8)
+
+
+# --- many rows at once -----------------------------------------------------------------------------------------------------
+
+STRIPS = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+THINKS = (  # as reasoning models do: an empty thought where the answer has none of its own, and none in earlier turns
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last and '<think>' not in m['content'] %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' and not loop.last else m['content'] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if 'no' in messages[-1]['content'] %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+TEMPLATES = {
+    "smollm": CHAT_TEMPLATE,
+    "default system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nyou are<|im_end|>\n' }}{% endif %}"
+    + CHAT_TEMPLATE,
+    "strips": STRIPS,
+    "thinks": THINKS,
+    "no special token at the prompt": (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{{ '<|im_end|>' if m['role'] == 'assistant' else '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+    "no special token": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+    "nothing after the marker": "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}"
+    "{% else %}{{ m['content'] + '<|im_start|>' }}{% endif %}{% endfor %}",
+    "a blank after the marker": "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + ' ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}",
+    "no end of turn": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "drops answers": "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}<|im_start|>{% endfor %}",
+    "refuses systems": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    + CHAT_TEMPLATE,
+    "no prefix": CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>'"),
+    "no prefix, with the same end": "{{ messages | length }}" + CHAT_TEMPLATE,
+    "none": None,
+}
+SAID = [
+    "the answer is 42", " yes", "\nyes", "\n\n", "yes  \n", "é\u2028日本 🙂", "<|im_end|>",
+    "yes<|im_end|>no", "<|im_start|>assistant\nyes",    "<|im_start|>", "yes <|endoftext|>", "<|endoftext|>", "assistant\n",
+    "<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n",
+    "<think>how many</think>\n\nyes", "</think>", "0", "<|im_", "start|>",
+]  # fmt: skip
+
+
+def conversations(seed: int) -> list[Row]:
+    """Every text as a question to every other as the answer, some of them after a system turn or after other turns."""
+    rng = Random(seed)
+    rows = []
+    for line, (asked, said) in enumerate(itertools.product(SAID, repeat=2), start=1):
+        turns = [{"role": "user", "content": asked}]
+        if rng.random() < 0.3:
+            more = [{"role": role, "content": rng.choice(SAID)} for role in ("user", "assistant")]
+            turns = more * rng.randint(1, 2) + turns
+        if rng.random() < 0.2:
+            turns.insert(0, {"role": "system", "content": rng.choice(SAID)})
+        rows.append(Row(turns if rng.random() < 0.95 else [], said, "f.jsonl", line))
+    rng.shuffle(rows)
+    return rows
+
+
+def one_by_one(tokenizer, rows: list[Row]) -> list[Encoded | str]:
+    found = []
+    for one in rows:
+        try:
+            found.append(encode_row(tokenizer, one))
+        except DataError as error:
+            found.append(str(error))
+    return found
+
+
+def at_once(tokenizer, rows: list[Row]) -> list[Encoded | str]:
+    return [str(one) if isinstance(one, DataError) else one for one in encode_rows(tokenizer, rows)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rows_at_once_are_those_one_by_one(make_tokenizer, name):
+    tokenizer = make_tokenizer(TEMPLATES[name])
+    for seed in range(2):
+        rows = conversations(seed)
+        for part in (
+            rows,
+            rows[:1],
+            rows[7:20],
+            [one for one in rows if one.prompt and one.prompt[0]["role"] != "system"],
+        ):
+            assert at_once(tokenizer, part) == one_by_one(tokenizer, part)
+    assert encode_rows(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("name", ["smollm", "default system", "strips", "nothing after the marker"])
+def test_plain_conversations_take_the_fast_way(make_tokenizer, monkeypatch, name):
+    tokenizer = make_tokenizer(TEMPLATES[name])
+    rows = [row(f"how many {n}?", f"the answer is {n}") for n in range(20)]
+    expected = one_by_one(tokenizer, rows)
+    monkeypatch.setattr(tokenize, "encode_row", None)
+    assert encode_rows(tokenizer, rows) == expected
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither_here(make_tokenizer):
+    tokenizer = make_tokenizer()
+    rows = [row("how many?", "the answer is " + "very " * 50), row("a", "b")]
+    expected = one_by_one(tokenizer, rows)
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)  # leaves its settings behind
+    assert at_once(tokenizer, rows) == expected
+    assert len(expected[0].input_ids) > len(expected[1].input_ids)
+
+
+def test_an_error_stands_in_the_place_of_its_row(make_tokenizer):
+    tokenizer = make_tokenizer(TEMPLATES["refuses systems"])
+    system = Row([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "a", "f.jsonl", 2)
+    good, bad, last = encode_rows(tokenizer, [row("a", "b"), system, row("c", "d", line=3)])
+    assert isinstance(bad, DataError) and str(bad).startswith(
+        "f.jsonl:2: messages: the model's chat template refuses them: no system"
+    )
+    assert [good, last] == one_by_one(tokenizer, [row("a", "b"), row("c", "d")])

@@ -194,7 +194,8 @@ def to_row(record: Mapping[str, Any], file: str, line: int) -> Row:
     else:
         prompt, response = [], text("text", record["text"])
 
-    metadata = record.get("metadata", {})
+    metadata = record.get("metadata")
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict):
         refuse("metadata", f"must be an object, not {_json_type(metadata)}")
     known = {*layout, *taken, "metadata", "answer", *_LABELS}

@@ -149,7 +149,7 @@ def _encode_at_once(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> 
         ids = encoding.ids
         # The last marker among the ids is the one that begins the tail: none follows in the text.
         border = len(ids) - ids[::-1].index(ending[0]) - 1 + len(ending)
-        if ids[border - len(ending) : border] == ending and ids[-1] in added:
+        if ids[border - len(ending) : border] == ending and border < len(ids) and ids[-1] in added:
             certain[place] = Encoded(ids, border)
     return certain
 

@@ -83,6 +83,16 @@ def text(record: Record, name: str) -> str:
     return str(value).strip()
 
 
+def items(record: Record, name: str) -> list[Any]:
+    """A column that holds a list without gaps."""
+    value = column(record, name)
+    if not isinstance(value, list | tuple):
+        raise UnusableValue(name, f"must be a list, not {type(value).__name__}")
+    if any(one is None for one in value):
+        raise UnusableValue(name, "has a gap: one of its values is null")
+    return list(value)
+
+
 def columns(record: Record, fields: Fields) -> Converted | None:
     """Prompt and response from a column each: `prompt`, `response`, and where given `answer`, `document`, `id`."""
     return Converted(
@@ -96,16 +106,20 @@ def columns(record: Record, fields: Fields) -> Converted | None:
 
 def messages(record: Record, fields: Fields) -> Converted | None:
     """A conversation in a column of `role` and `content`; what follows the last assistant turn is left out."""
-    turns = [
-        {"role": str(turn["role"]), "content": str(turn["content"])}
-        for turn in column(record, fields.get("messages", "messages"))
-    ]
+    name = fields.get("messages", "messages")
+    turns = []
+    for place, turn in enumerate(items(record, name)):
+        if not isinstance(turn, Mapping) or not all(
+            isinstance(turn.get(key), str) for key in ("role", "content")
+        ):
+            raise UnusableValue(f"{name}[{place}]", "must be an object with the texts role and content")
+        turns.append({"role": turn["role"], "content": turn["content"]})
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if len(turns) < 2:
         return None
     own = text(record, fields["id"]) if "id" in fields else None
-    return Converted(turns[:-1], turns[-1]["content"], document=turns[0]["content"], id=own)
+    return Converted(turns[:-1], turns[-1]["content"], id=own)
 
 
 def alpaca(record: Record, fields: Fields) -> Converted | None:
@@ -117,9 +131,9 @@ def alpaca(record: Record, fields: Fields) -> Converted | None:
 def gsm8k(record: Record, fields: Fields) -> Converted | None:
     """GSM8K: the calculator's marks go, and the number after ``####`` is the answer."""
     steps, mark, answer = text(record, "answer").rpartition("####")
-    if not mark:
-        raise UnusableValue("answer", "must end in '#### ' and the number")
     number = answer.strip().replace(",", "")
+    if not mark or not number:
+        raise UnusableValue("answer", "must end in '#### ' and the number")
     worked = re.sub(r"<<[^>]*>>", "", steps).strip()
     return Converted(
         f"{text(record, 'question')}\n\n{ASK_STEPS}", f"{worked}\nThe answer is {number}", number, "number"
@@ -144,13 +158,13 @@ def choice(record: Record, fields: Fields) -> Converted | None:
     if isinstance(given, list):
         options = [text(record, name) for name in given]
     else:
-        value = column(record, given)
-        if isinstance(value, Mapping):
-            labels = [str(label) for label in column(value, "label")]
-            value = column(value, "text")
-        if not isinstance(value, list | tuple):
-            raise UnusableValue(given, f"must be a list of options, not {type(value).__name__}")
-        options = [str(option).strip() for option in value]
+        nested = isinstance(column(record, given), Mapping)
+        options = [str(option).strip() for option in items(record, f"{given}.text" if nested else given)]
+        labels = [str(label) for label in items(record, f"{given}.label")] if nested else None
+        if labels is not None and len(labels) != len(options):
+            raise UnusableValue(f"{given}.label", f"must have a label for each of the {len(options)} options")
+    if not 1 < len(options) <= len(LETTERS):
+        raise UnusableValue(str(given), f"must hold 2 to {len(LETTERS)} options, not {len(options)}")
     pattern = fields.get("prefix")
     if pattern:
         options = [re.sub(pattern, "", option) for option in options]
@@ -158,7 +172,7 @@ def choice(record: Record, fields: Fields) -> Converted | None:
     if isinstance(given, list) and answer in given:
         right: int | None = given.index(answer)
     else:
-        right = _right(column(record, answer), options, labels, int(fields.get("first", 0)))
+        right = _right(record, answer, options, labels, int(fields.get("first", 0)))
     if right is None:
         return None
     if fields.get("shuffle"):
@@ -188,29 +202,32 @@ def as_choice(options: Sequence[str], right: int, rationale: str = "") -> str:
     return f"{rationale}\nThe answer is {LETTERS[right]}) {options[right]}".strip()
 
 
-def _right(value: Any, options: Sequence[str], labels: Sequence[str] | None, first: int) -> int | None:
+def _right(
+    record: Record, name: str, options: Sequence[str], labels: Sequence[str] | None, first: int
+) -> int | None:
     """The place of the right option; None where the answer is hidden, as in the test splits of some data sets."""
+    value = column(record, name)
     if value is None or str(value).strip() in ("", "-1"):
         return None
     said = str(value).strip()
     if labels is not None and said in labels:
         return labels.index(said)
-    if said in options and not said.isdigit():
-        return list(options).index(said)
     if len(said) == 1 and said in LETTERS[: len(options)]:
         return LETTERS.index(said)
-    if said.isdigit() and 0 <= int(said) - first < len(options):
+    if said.isdecimal() and 0 <= int(said) - first < len(options):
         return int(said) - first
-    raise UnusableValue("answer", f"{said[:40]!r} names none of the {len(options)} options")
+    if said in options:
+        return list(options).index(said)
+    raise UnusableValue(name, f"{said[:40]!r} names none of the {len(options)} options")
 
 
 def bigbench(record: Record, fields: Fields) -> Converted | None:
     """BIG-bench as tasksource publishes it: choices with scores where there are choices, else the first target."""
     question = text(record, "inputs")
-    options = [str(option) for option in column(record, "multiple_choice_targets") or []]
-    scores = list(column(record, "multiple_choice_scores") or [])
+    options = [str(option) for option in items(record, "multiple_choice_targets")]
+    scores = items(record, "multiple_choice_scores")
     if len(options) < 2:
-        targets = [str(target) for target in column(record, "targets")]
+        targets = [str(target) for target in items(record, "targets")]
         return Converted(question, f"The answer is {targets[0]}", targets, "one_of") if targets else None
     if len(options) > len(LETTERS) or len(scores) != len(options) or max(scores) <= 0:
         return None
@@ -235,11 +252,15 @@ def boardgame(record: Record, fields: Fields) -> Converted | None:
 
 def hotpotqa(record: Record, fields: Fields) -> Converted | None:
     """HotpotQA with the paragraphs that hold the supporting facts, in their order."""
-    context = column(record, "context")
-    facts = set(column(record, "supporting_facts.title"))
+    titles, texts = items(record, "context.title"), items(record, "context.sentences")
+    facts = items(record, "supporting_facts.title")
+    if len(titles) != len(texts) or not all(isinstance(one, list | tuple) for one in texts):
+        raise UnusableValue(
+            "context.sentences", f"must have a list of sentences for each of the {len(titles)} titles"
+        )
     paragraphs = [
-        f"{title}: {''.join(sentences).strip()}"
-        for title, sentences in zip(column(context, "title"), column(context, "sentences"), strict=True)
+        f"{title}: {''.join(map(str, sentences)).strip()}"
+        for title, sentences in zip(titles, texts, strict=True)
         if title in facts
     ]
     answer = text(record, "answer")
@@ -254,7 +275,7 @@ def hotpotqa(record: Record, fields: Fields) -> Converted | None:
 
 def scrolls(record: Record, fields: Fields) -> Converted | None:
     """SCROLLS: a question and a long document in `input`, the answer in `output`; answers of test splits are hidden."""
-    if record.get("output") in (None, ""):
+    if column(record, "output") in (None, ""):
         return None
     question, _, document = text(record, "input").partition("\n\n")
     answer = text(record, "output")
@@ -281,7 +302,9 @@ def scibench(record: Record, fields: Fields) -> Converted | None:
 
 def mbpp(record: Record, fields: Fields) -> Converted | None:
     """MBPP: a task with its first test in the prompt, so that the function's name is known."""
-    tests = [str(test) for test in column(record, "test_list")]
+    tests = [str(test) for test in items(record, "test_list")]
+    if not tests:
+        raise UnusableValue("test_list", "must hold at least one test")
     setup = str(record.get("test_setup_code") or "").strip()
     code = text(record, "code").replace("\r\n", "\n")
     return Converted(
@@ -312,7 +335,7 @@ def humaneval(record: Record, fields: Fields) -> Converted | None:
 def winogrande(record: Record, fields: Fields) -> Converted | None:
     """WinoGrande: which of two names fills the blank."""
     options = [text(record, "option1"), text(record, "option2")]
-    right = _right(column(record, "answer"), options, ["1", "2"], 1)
+    right = _right(record, "answer", options, ["1", "2"], 1)
     if right is None:
         return None
     question = f"{text(record, 'sentence')}\n\nWhat does the blank _ stand for?"

@@ -20,7 +20,7 @@ from srde.data.rows import parse_record
 from srde.data.sources.registry import SUFFIXES
 from srde.errors import DataError
 
-CHUNK_ROWS = 2048
+CHUNK_ROWS = 1024
 CHUNK_BYTES = 16 * 2**20
 _BLOCK = 4 * 2**20
 
@@ -133,9 +133,11 @@ def _line_spans(path: Path, name: str) -> tuple[list[Span], str]:
     spans: list[Span] = []
     start = position = lines = 0
     first = 1
+    blank = True
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
+            blank = blank and not block.strip()
             at = 0
             while (end := block.find(b"\n", at)) >= 0:
                 lines += 1
@@ -146,7 +148,7 @@ def _line_spans(path: Path, name: str) -> tuple[list[Span], str]:
             position += len(block)
     if position > start:
         spans.append(Span(name, str(path), start, position, first))
-    return spans, digest.hexdigest()
+    return ([] if blank else spans), digest.hexdigest()
 
 
 def _parquet_spans(path: Path, name: str) -> list[Span]:
@@ -178,7 +180,7 @@ def _read_parquet(span: Span) -> Iterator[tuple[int, dict[str, Any]]]:
                     first = span.line + at + low - span.start
                     yield from enumerate(table.slice(low, high - low).to_pylist(), start=first)
                 at += rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError.at(span.file, span.line, "file", f"is a damaged parquet file ({error})") from error
 
 

@@ -26,6 +26,7 @@ def resolve_revision(source: Source) -> str:
     from huggingface_hub import HfApi
 
     with _told(source):
+        limit_waiting()
         return HfApi().dataset_info(source.hub, revision=source.revision, timeout=TIMEOUT).sha
 
 
@@ -42,10 +43,18 @@ def stream(source: Source, split: str, commit: str, skip: int) -> Iterator[pa.Ta
         DataError: The hub does not answer, or has no such configuration or split.
     """
     with _told(source, split):
+        limit_waiting()
         rows = _open(source, split, commit).with_format("arrow")
         if skip:
             rows = rows.skip(skip * chunked.CHUNK_ROWS)
         yield from rows.iter(batch_size=chunked.CHUNK_ROWS)
+
+
+def limit_waiting() -> None:
+    """Gives the client's requests a time-out in this process: by default many of them wait for a silent hub for ever."""
+    from huggingface_hub.utils import get_session
+
+    get_session().timeout = TIMEOUT
 
 
 def _open(source: Source, split: str, commit: str) -> Any:

@@ -87,6 +87,19 @@ class Source:
         return str(self.path) if self.path else f"reasoning-gym's {self.gym}"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what PyYAML overlooks: a key given twice, of which only the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Builds a mapping."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 @cache
 def registered() -> dict[str, Source]:
     """The data sets that srde knows, by name."""
@@ -102,8 +115,8 @@ def read_sources(path: str | Path) -> dict[str, Source]:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).replace("\n", " ")
         raise ConfigError.of(
             "sources", str(path), rule=f"it must be a YAML file ({reason})", fix="correct the file"
@@ -120,14 +133,16 @@ def choose_sources(names: Sequence[str]) -> list[Source]:
         ConfigError: A name means nothing, or two sources have one name.
     """
     chosen: dict[str, Source] = {}
-    for name in (part for given in names for part in given.split(",") if part):
+    # A comma may also be part of a file's name.
+    split = ([given] if Path(given).exists() else given.split(",") for given in names)
+    for name in (part for parts in split for part in parts if part):
         path = Path(name).expanduser()
         if name in registered():
             found = {name: registered()[name]}
         elif path.suffix in (".yaml", ".yml"):
             found = read_sources(path)
         elif path.is_dir() or (path.is_file() and path.name.endswith(SUFFIXES)):
-            stem = path.name if path.is_dir() else path.name[: -len(_suffix(path))]
+            stem = path.resolve().name if path.is_dir() else path.name[: -len(_suffix(path))]
             found = {stem: Source(stem, path=str(path), train=("all",))}
             _require_name(stem, str(path))
         else:
@@ -195,7 +210,8 @@ def _entry(name: str, entry: Any, file: str, folder: Path) -> Source:
             "path", entry.get("path"), "exactly one of hub, path and gym says where the rows are", "give one"
         )
     for key, kinds in _TYPES.items():
-        if key in entry and not isinstance(entry[key], kinds):
+        given = entry.get(key)
+        if key in entry and (not isinstance(given, kinds) or (isinstance(given, bool) and bool not in kinds)):
             wanted = "a mapping" if dict in kinds else kinds[0].__name__
             raise refuse(key, entry[key], f"it must be {wanted}", "correct the entry")
     converter = entry.get("converter")
@@ -207,6 +223,15 @@ def _entry(name: str, entry: Any, file: str, folder: Path) -> Source:
         raise refuse(
             "rows", entry.get("rows"), "a gym task makes as many rows as it is told to", "say how many"
         )
+    if entry.get("rows", 1) < 1:
+        raise refuse("rows", entry["rows"], "it must be at least 1", "give about how many rows there are")
+    if prefix := (entry.get("fields") or {}).get("prefix"):
+        try:
+            re.compile(prefix)
+        except (re.error, TypeError) as error:
+            raise refuse(
+                "fields.prefix", prefix, f"it must be a regular expression ({error})", "correct it"
+            ) from error
     values = dict(entry)
     if entry.get("path"):
         values["path"] = str(folder / Path(entry["path"]).expanduser())
