@@ -193,7 +193,7 @@ def _start_without_threads() -> None:
     try:
         hashes = np.arange(1 << 16, dtype=np.uint64)
         rensa.RMinHash.digest_matrix_from_flat_token_hashes(
-            hashes, np.arange(0, 1 << 16, 1 << 8, dtype=np.uint64), 1, _SEED
+            hashes, np.arange(0, (1 << 16) + 1, 1 << 8, dtype=np.uint64), 1, _SEED
         )
     finally:
         del os.environ["RAYON_NUM_THREADS"]
