@@ -376,26 +376,6 @@ def test_settings_that_break_a_rule(changes, message):
         BuildSettings("m", "w", **changes)
 
 
-@pytest.mark.faults
-def test_a_disk_that_is_full_leaves_what_was_there(model, sources, tmp_path, monkeypatch):
-    from srde.data.build import write
-
-    before = tmp_path / "out"
-
-    def full(*_, **__):
-        raise OSError(28, os.strerror(28), "data.arrow")
-
-    monkeypatch.setattr(write, "_table", full)
-    with pytest.raises(Exception, match=r"tokenized.*the disk is too full"):
-        build(settings(model, before, sources))
-    assert not (before / "tokenized").exists() and list((before / ".build/rows").rglob("rows.arrow"))
-    monkeypatch.undo()
-    monkeypatch.setattr(files, "CHUNK_ROWS", 40)
-    build(settings(model, before, sources))
-    build(settings(model, tmp_path / "other", sources))
-    assert result(before) == result(tmp_path / "other")
-
-
 def test_many_shards_of_packed_rows(model, sources, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     build(settings(model, tmp_path / "one", sources))

@@ -62,7 +62,7 @@ def atomic_folder(
         )
     sweep(final.parent, name=final.name)
     if expected_bytes is not None and expected_bytes > _free_bytes(final):
-        raise _disk_full(final, expected_bytes)
+        raise disk_full(final, expected_bytes)
     being_written.add(temporary)
     try:
         temporary.mkdir()
@@ -72,7 +72,7 @@ def atomic_folder(
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if disk.means_disk_full(error):
-            raise _disk_full(final, expected_bytes) from error
+            raise disk_full(final, expected_bytes) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -112,7 +112,8 @@ def _free_bytes(final: Path) -> int:
     return shutil.disk_usage(final.parent).free
 
 
-def _disk_full(final: Path, expected_bytes: int | None) -> ArtifactError:
+def disk_full(final: Path, expected_bytes: int | None = None) -> ArtifactError:
+    """The error for a path that there is no room for, with the bytes that are needed and free."""
     free = _free_bytes(final)
     needed = (
         f"{expected_bytes:,}"

@@ -11,7 +11,7 @@ from srde.data.build.plan import PLAN_FILE, Plan, Planned, read_plan
 from srde.data.build.settings import BuildSettings
 from srde.data.build.write import write_text
 from srde.data.sources.files import DataFile, Span
-from srde.data.sources.registry import Source
+from srde.data.sources.registry import Source, require_name
 
 STATE_FILE = "state.json"
 
@@ -31,6 +31,7 @@ def load_state(folder: Path, **changes: Any) -> Plan:
 
     Raises:
         UsageError: The part's files are damaged.
+        ConfigError: They hold a name that could lead out of the folder.
     """
     content = read_plan(folder / STATE_FILE)
     settings = BuildSettings(**content["settings"])
@@ -41,6 +42,8 @@ def load_state(folder: Path, **changes: Any) -> Plan:
 
 def _planned(content: dict[str, Any]) -> Planned:
     entry = content["source"]
+    for name in (entry["name"], *entry["train"], *entry["evaluation"]):
+        require_name(name, STATE_FILE)  # they name folders
     source = Source(**entry | {name: tuple(entry[name]) for name in ("train", "evaluation")})
     files = tuple(
         DataFile(**one | {"spans": tuple(Span(**span) for span in one["spans"])}) for one in content["files"]

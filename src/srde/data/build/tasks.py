@@ -291,6 +291,9 @@ def _table(
         bands = np.zeros((len(rows), prints.BANDS), dtype=np.uint64)
         shingles = [np.zeros(0, dtype=np.uint32)] * len(rows)
     ids = [kept[place][1] for place in chosen]
+    texts = np.array([text_print(row) for row in rows], dtype=np.uint64)
+    # What stays on one side of a split: the passage, else the question, else the row itself.
+    sides = np.where(documents, documents, prompts)[chosen]
     return pa.table(
         {
             "json": [as_line(row) for row in rows],
@@ -299,20 +302,14 @@ def _table(
             "source": pa.array([row.source for row in rows], pa.string()).dictionary_encode(),
             "input_ids": _lists(ids, np.int32),
             "prompt_length": np.array([kept[place][2] for place in chosen], dtype=np.int32),
-            "text": np.array([text_print(row) for row in rows], dtype=np.uint64),
+            "text": texts,
             "answer": np.array([answer_print(row) for row in rows], dtype=np.uint64),
-            "document": _documents(rows, documents[chosen], prompts[chosen]),
+            "document": np.where(sides, sides, texts),
             "bands": pa.FixedSizeListArray.from_arrays(pa.array(bands.reshape(-1)), prints.BANDS),
             "shingles": _lists(shingles, np.uint32),
         },
         schema=SCHEMA,
     )
-
-
-def _documents(rows: list[Row], documents: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    """What stays on one side of a split: the passage, else the question, else the row itself."""
-    own = np.array([text_print(row) for row in rows], dtype=np.uint64)
-    return np.where(documents, documents, np.where(prompts, prompts, own))
 
 
 def _lists(values: list[Any], dtype: Any) -> pa.LargeListArray:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from srde.artifacts.disk import flush
+from srde.artifacts.disk import flush, means_disk_full
+from srde.artifacts.folder import disk_full
 from srde.data.build.chunks import Chunks
 from srde.data.pack import pack_lengths
 from srde.data.packed import COLUMNS, SHARD_ROWS
@@ -146,13 +147,23 @@ def write_jsonl(path: Path, chunks: Chunks, rows: np.ndarray, advance: Advance) 
 
 
 def write_text(path: Path, parts: Iterator[str]) -> None:
-    """Writes a file that appears whole or not at all."""
+    """Writes a file that appears whole or not at all.
+
+    Raises:
+        ArtifactError: The disk is full.
+    """
     part = path.parent / f".tmp-{path.name}"
-    with part.open("w", encoding="utf-8", newline="\n") as sink:
-        sink.writelines(parts)
-    flush(part)
-    os.replace(part, path)
-    flush(path.parent)
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as sink:
+            sink.writelines(parts)
+        flush(part)
+        os.replace(part, path)
+        flush(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if means_disk_full(error):
+            raise disk_full(path) from error
+        raise
 
 
 def _write_json(path: Path, content: Any) -> None:

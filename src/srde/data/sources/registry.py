@@ -144,7 +144,7 @@ def choose_sources(names: Sequence[str]) -> list[Source]:
         elif path.is_dir() or (path.is_file() and path.name.endswith(SUFFIXES)):
             stem = path.resolve().name if path.is_dir() else path.name[: -len(_suffix(path))]
             found = {stem: Source(stem, path=str(path), train=("all",))}
-            _require_name(stem, str(path))
+            require_name(stem, str(path))
         else:
             raise _unknown(name)
         for own, source in found.items():
@@ -191,7 +191,7 @@ def _parse(content: Any, file: str, folder: Path) -> dict[str, Source]:
 
 
 def _entry(name: str, entry: Any, file: str, folder: Path) -> Source:
-    _require_name(name, file)
+    require_name(name, file)
     if not isinstance(entry, dict):
         raise ConfigError.of(f"{file}: {name}", entry, rule="an entry must be a mapping", fix="give its keys")
 
@@ -262,7 +262,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _require_name(name: str, file: str) -> None:
+def require_name(name: str, file: str) -> None:
+    """Refuses names of sources and splits that are no plain file names.
+
+    Raises:
+        ConfigError: It is none.
+    """
     if not _NAME.fullmatch(name):
         raise ConfigError.of(
             f"{file}: source",
