@@ -18,6 +18,7 @@ from srde.data.build.chunks import Chunks
 from srde.data.build.plan import Plan
 from srde.data.build.select import Selection
 from srde.data.build.tasks import COUNTS_FILE
+from srde.data.build.workers import workers
 from srde.data.build.write import write_jsonl, write_split, write_text
 from srde.data.packed import CARD_FILE, DROPPED_FILE, KIND, OUTPUT, REPORT_FILE, TRAIN_FILE, VALIDATION_FILE
 from srde.progress import bar
@@ -38,9 +39,6 @@ def finish(
     """
     splits = {"train": selection.train, "validation": selection.validation}
     total = sum(len(rows) for rows in splits.values())
-    with bar(console, "rows as JSONL", total) as advance:
-        write_jsonl(work_dir / TRAIN_FILE, chunks, selection.train, advance)
-        write_jsonl(work_dir / VALIDATION_FILE, chunks, selection.validation, advance)
     lengths = chunks.lengths()
     metadata: dict[str, Any] = {
         "kind": KIND,
@@ -52,7 +50,14 @@ def finish(
         "splits": {},
         "files": {},
     }
-    with bar(console, "packing", total) as advance, _output(work_dir, metadata, lengths, splits) as folder:
+    with (
+        workers(
+            1, None
+        ) as pool,  # one process writes the rows for people while this one packs those for training
+        bar(console, "packing", total) as advance,
+        _output(work_dir, metadata, lengths, splits) as folder,
+    ):
+        readable = pool.start(write_rows, work_dir, chunks, selection.train, selection.validation)
         for name, rows in splits.items():
             metadata["splits"][name] = write_split(
                 folder / name,
@@ -68,10 +73,17 @@ def finish(
         with (folder / DROPPED_FILE).open("w", encoding="utf-8") as sink:
             sink.writelines(_dropped(chunks, folders, selection))
         write_text(work_dir / CARD_FILE, iter([card(plan, report)]))
+        readable.result()
         metadata["files"] = {
             name: digest(work_dir / name) for name in (TRAIN_FILE, VALIDATION_FILE, CARD_FILE)
         }
     return report
+
+
+def write_rows(work_dir: Path, chunks: Chunks, train: np.ndarray, validation: np.ndarray) -> None:
+    """Writes the chosen rows as JSONL."""
+    write_jsonl(work_dir / TRAIN_FILE, chunks, train)
+    write_jsonl(work_dir / VALIDATION_FILE, chunks, validation)
 
 
 def _output(

@@ -66,7 +66,14 @@ class Stage:
         for path in damaged:
             shutil.rmtree(path)
         sweep(self.work_dir)
+        self.sweep_files()
         return damaged
+
+    def sweep_files(self) -> None:
+        """Removes files of the result that were being written."""
+        for path in self.work_dir.glob(".tmp-*"):
+            if path.is_file():
+                path.unlink()
 
     def clear(self) -> None:
         """Removes all but the plan: the result is complete."""

@@ -108,7 +108,11 @@ class Steps:
         if not len(selection.train):
             raise _nothing_left(folders, self.settings)
         short = shortages(selection, self.settings.examples_per_domain)
-        report = finish(self.plan, self.stage.work_dir, chunks, folders, selection, self.console)
+        try:
+            report = finish(self.plan, self.stage.work_dir, chunks, folders, selection, self.console)
+        except BaseException:
+            self.stage.sweep_files()
+            raise
         self.stage.clear()
         for domain, missing in short.items():
             self.console.print(

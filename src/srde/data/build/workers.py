@@ -41,6 +41,10 @@ class Workers:
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
+    def start(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Runs a function on its own; `result()` waits for it and raises what it has raised."""
+        return self._pool.submit(function, *args)
+
     def run(
         self, function: Callable[..., Any], tasks: Iterable[Sequence[Any]], done: Callable[[Any], None]
     ) -> list[Any]:

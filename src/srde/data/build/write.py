@@ -134,14 +134,13 @@ def _table(
     return (pa.Table.from_arrays(arrays, schema=schema), len(flat)), int((~given).sum())
 
 
-def write_jsonl(path: Path, chunks: Chunks, rows: np.ndarray, advance: Advance) -> None:
+def write_jsonl(path: Path, chunks: Chunks, rows: np.ndarray) -> None:
     """Writes chosen rows, one a line, in one step."""
 
     def lines() -> Iterator[str]:
         for start in range(0, len(rows), _BLOCK):
             block = rows[start : start + _BLOCK]
             yield "".join(line + "\n" for line in chunks.texts("json", block))
-            advance(len(block))
 
     write_text(path, lines())
 
