@@ -99,6 +99,7 @@ def test_the_commands_of_the_training_guide_run_as_written(home):
     )
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_data_guide_run_as_written(home):
     commands = [
         b for b in blocks("docs/guides/data.md", "bash") if "srde data" in b and "HF_ENDPOINT" not in b

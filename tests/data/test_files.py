@@ -110,7 +110,7 @@ def test_the_hash_is_that_of_the_file(tmp_path, limits):
     table = pa.table({"a": [1, 2, 3]})
     pq.write_table(table, tmp_path / "b.parquet")
     put(tmp_path / "a.jsonl", content)
-    put(tmp_path / "c.jsonl.gz", gzip.compress(content))
+    put(tmp_path / "c.jsonl.gz", gzip.compress(content, mtime=0))
     put(tmp_path / "d.json", b'[{"a": 1}]')
     for path in sorted(tmp_path.glob("?.*")):
         file = opened(path)
@@ -145,7 +145,7 @@ def test_arrays_of_json(tmp_path, limits, key):
 
 def test_compressed_lines(tmp_path, limits):
     made = lines(4)
-    path = put(tmp_path / "a.jsonl.gz", gzip.compress(b"\n".join(made)))
+    path = put(tmp_path / "a.jsonl.gz", gzip.compress(b"\n".join(made), mtime=0))
     assert everything(path) == [
         (number, json.loads(line)) for number, line in enumerate(made, 1) if line.strip()
     ]
@@ -169,7 +169,7 @@ def test_an_array_may_hold_what_is_no_row(tmp_path):
         ("a.jsonl", b"\n \n\r\n"),
         ("a.json", b"[]"),
         ("a.json", b'{"data": []}'),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_an_empty_file_is_refused(tmp_path, name, content):
@@ -184,7 +184,7 @@ def test_an_empty_parquet_file_is_refused(tmp_path):
 
 
 NESTED = b"[" * 100_000
-WHOLE = gzip.compress(b"".join(b'{"n": %d, "t": "%d"}\n' % (n, n * n) for n in range(500)))
+WHOLE = gzip.compress(b"".join(b'{"n": %d, "t": "%d"}\n' % (n, n * n) for n in range(500)), mtime=0)
 
 
 @pytest.mark.faults
