@@ -108,6 +108,14 @@ def test_nothing_to_train_on_is_refused_with_the_reasons(make, tmp_path):
         build(make("none", sources=["humaneval"]))
 
 
+@pytest.mark.faults
+def test_a_field_of_free_text_is_no_domain(make, tmp_path):
+    made = [{**row, "domain": f"about {place}"} for place, row in enumerate(rows(130, seed=2))]
+    path = write_rows(tmp_path / "in" / "free.jsonl", made)
+    with pytest.raises(DataError, match="there are 136 different ones, and at most 127 can be told apart"):
+        build(make("out", sources=[str(path)]))
+
+
 @pytest.mark.security
 def test_a_part_cannot_name_places_outside(make, tmp_path):
     for index in (0, 1):

@@ -22,7 +22,11 @@ def main(argv: list[str]) -> int:
     if settings.upload_repo:
         require_name(settings.upload_repo)
     console = Console(highlight=False)
-    built = build(settings, console)
+    try:
+        built = build(settings, console)
+    except KeyboardInterrupt:
+        console.print("What is finished is kept: run the same command to go on.")
+        raise
     if built.folder is None:
         console.print(
             f"part {settings.shard_index} of {settings.num_shards} is complete; when all are, join them with\n"

@@ -13,7 +13,10 @@ import numpy as np
 from srde.data.build import fingerprint as prints
 from srde.data.build.chunks import Chunks
 from srde.data.domains import number_domains
+from srde.errors import DataError
 
+MOST_DOMAINS = 127
+"""Each token's domain is one byte."""
 NEIGHBOURS = 8
 """Rows of a bucket that each row of it is compared with, besides the first."""
 
@@ -48,11 +51,22 @@ class Selection:
 def select(
     chunks: Chunks, *, per_domain: int, validation_fraction: float, threshold: float, seed: int
 ) -> Selection:
-    """Chooses the rows; arguments as in `BuildSettings`."""
+    """Chooses the rows; arguments as in `BuildSettings`.
+
+    Raises:
+        DataError: There are too many domains.
+    """
     texts, answers = chunks.numbers("text"), chunks.numbers("answer")
     codes, names = chunks.codes("domain")
     numbers = number_domains(sorted(names))
     domain_names = list(numbers)
+    if len(domain_names) > MOST_DOMAINS:
+        raise DataError.at(
+            "rows",
+            None,
+            "domain",
+            f"there are {len(domain_names)} different ones, and at most {MOST_DOMAINS} can be told apart; is it free text?",
+        )
     to_number = np.array([numbers[name] for name in names], dtype=np.int8)
     domains = to_number[codes] if len(names) else np.zeros(0, dtype=np.int8)
     sources, source_names = chunks.codes("source")

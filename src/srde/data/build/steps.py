@@ -248,7 +248,10 @@ class Steps:
             )
         ]
         open_ones = [(chunk, self.rules) for chunk in chunks if not Path(chunk.folder).is_dir()]
-        self._run(pool, "evaluation questions", do_passages, open_ones)
+        with bar(
+            self.console, "evaluation questions", sum(chunk.span.rows for chunk, _ in open_ones)
+        ) as advance:
+            pool.run(do_passages, open_ones, advance)
         with self.console.status("indexing the evaluation questions"):
             found = [read_passages(Path(chunk.folder)) for chunk in chunks]
             parts = [(part, names) for part, names in found if part is not None]
@@ -274,7 +277,7 @@ class Steps:
         first = number * chunked.CHUNK_ROWS
         rows = pq.read_metadata(raw / RAW_FILE).num_rows
         # Named after the data set: that is what messages and row ids are to say.
-        span = Span(f"{source.hub}/{split}", str(raw / RAW_FILE), 0, rows, first + 1)
+        span = Span(f"{source.hub}/{split}", str(raw / RAW_FILE), 0, rows, first + 1, rows)
         return Chunk(source, span, folder)
 
     def _make_rows(self, pool: Workers, wanted: dict[str, int]) -> None:
@@ -284,9 +287,9 @@ class Steps:
             for planned in self.plan.train
             for split, number in self._open(planned, wanted)
         ]
-        with bar(self.console, "rows: convert, clean, compare, tokenise", len(chunks)) as advance:
+        with bar(self.console, "rows", sum(chunk.span.rows for chunk in chunks)) as advance:
             tasks = [(chunk, self.rules, str(index) if index else None) for chunk in chunks]
-            pool.run(do_rows, tasks, lambda _: advance(1))
+            pool.run(do_rows, tasks, advance)
 
     def _close_shard(self) -> Built:
         own = {"shard_index": self.settings.shard_index, "num_shards": self.settings.num_shards}

@@ -151,13 +151,14 @@ def fetch(
 def do_passages(chunk: Chunk, rules: Rules) -> int:
     """`make_passages` in a process of the pool."""
     make_passages(chunk, rules)
-    return chunk.span.end - chunk.span.start
+    return chunk.span.rows
 
 
-def do_rows(chunk: Chunk, rules: Rules, index: str | None) -> None:
-    """`make_rows` in a process of the pool."""
+def do_rows(chunk: Chunk, rules: Rules, index: str | None) -> int:
+    """`make_rows` in a process of the pool; returns how many rows it has read."""
     make_rows(chunk, rules, _tokenizer, _index(index) if index else None)
     gc.collect()
+    return chunk.span.rows
 
 
 @cache

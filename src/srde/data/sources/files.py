@@ -35,6 +35,7 @@ class Span:
         start: First byte of JSONL, or first row of parquet.
         end: Past the last.
         line: Number of the first row, counted from 1.
+        rows: How many there are; of JSONL, blank lines included.
     """
 
     file: str
@@ -42,6 +43,7 @@ class Span:
     start: int
     end: int
     line: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -133,21 +135,22 @@ def _line_spans(path: Path, name: str) -> tuple[list[Span], str]:
     spans: list[Span] = []
     start = position = lines = 0
     first = 1
-    blank = True
+    blank, last = True, b""
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
-            blank = blank and not block.strip()
+            blank, last = blank and not block.strip(), block[-1:]
             at = 0
             while (end := block.find(b"\n", at)) >= 0:
                 lines += 1
                 at = end + 1
                 if lines == CHUNK_ROWS or position + at - start >= CHUNK_BYTES:
-                    spans.append(Span(name, str(path), start, position + at, first))
+                    spans.append(Span(name, str(path), start, position + at, first, lines))
                     start, first, lines = position + at, first + lines, 0
             position += len(block)
     if position > start:
-        spans.append(Span(name, str(path), start, position, first))
+        rest = 0 if last == b"\n" else 1  # a last line without an end
+        spans.append(Span(name, str(path), start, position, first, lines + rest))
     return ([] if blank else spans), digest.hexdigest()
 
 
@@ -159,9 +162,11 @@ def _parquet_spans(path: Path, name: str) -> list[Span]:
         rows = pq.read_metadata(path).num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError.at(path, None, "file", f"is not a parquet file that can be read ({error})") from error
+    ends = [*range(CHUNK_ROWS, rows, CHUNK_ROWS), rows] if rows else []
+    starts = [0, *ends[:-1]] if ends else []
     return [
-        Span(name, str(path), start, min(start + CHUNK_ROWS, rows), start + 1)
-        for start in range(0, rows, CHUNK_ROWS)
+        Span(name, str(path), start, end, start + 1, end - start)
+        for start, end in zip(starts, ends, strict=True)
     ]
 
 

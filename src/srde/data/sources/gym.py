@@ -22,7 +22,7 @@ def gym_version() -> str:
 def gym_spans(task: str, rows: int) -> tuple[Span, ...]:
     """A task's rows in chunks."""
     return tuple(
-        Span(PREFIX + task, "", start, min(start + chunked.CHUNK_ROWS, rows), start + 1)
+        Span(PREFIX + task, "", start, (end := min(start + chunked.CHUNK_ROWS, rows)), start + 1, end - start)
         for start in range(0, rows, chunked.CHUNK_ROWS)
     )
 
