@@ -297,6 +297,21 @@ def test_wrong_flags(capsys, tmp_path, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_nothing_in_the_data_is_markup(capsys, tmp_path, model):
+    marked = {"prompt": "[bold]a[/bold] [/b] :smile:", "response": "[red]b", "domain": "[/i] :smile:"}
+    path = write(tmp_path / "rows.jsonl", marked)
+    assert main(["data", "preview", str(path), "--model_name", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in marked.values())
+
+
+@pytest.mark.parametrize("verb", ["stats", "check", "preview"])
+def test_help_says_what_the_verb_does(capsys, verb):
+    with pytest.raises(SystemExit, match="0"):
+        main(["data", verb, "--help"])
+    assert "\n\nPrints " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_a_terminal_gets_colours_unless_asked_not_to(tmp_path, model, no_color):
     path = write(tmp_path / "rows.jsonl", *ROWS)

@@ -292,7 +292,8 @@ def test_domains_and_their_sources_are_balanced(chunked):
         assert selection.available[name] == {source: of_source[source] for source in names}
     assert 0 < of_source["made_1_1"] < 13 == by_source["made_0_1"]
     assert len(set(selection.train)) == len(selection.train)
-    assert shortages(selection, 40) == {} and shortages(selection, 41) == dict.fromkeys(DOMAINS, 1)
+    assert shortages(selection, 40, []) == {} and shortages(selection, 41, []) == dict.fromkeys(DOMAINS, 1)
+    assert shortages(selection, 40, [*DOMAINS, "law"]) == {"law": 40}
     first = selection.domains[selection.train[:60]]
     assert len(set(first.tolist())) == 6  # shuffled, not domain after domain
     assert len(chunks) == len(content)

@@ -16,6 +16,7 @@ from srde.data.build.settings import BuildSettings
 from srde.data.rows import read_rows
 from srde.data.tokenize import encode_row
 from srde.data.view.page import page
+from srde.data.view.rates import set_rates
 from srde.data.view.reading import evaluation_index
 from srde.data.view.stats import NONE, row_stats, set_stats
 from srde.data.view.tables import as_group, percent, sheets
@@ -44,12 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row(f"what is {i} and {7 * i}", f"{8 * i}", domain=("math", "logic")[i % 2], answer=i)
         for i in range(60)
     ]
-    rows += [
-        rows[0],
-        row(f"{LONG} and so what", answer=1),
-        row(f"{NEAR} and so what", answer=1),
-        row("long " * 90),
-    ]
+    rows += [rows[0], *(row(f"{text} and so what", answer=1) for text in (LONG, NEAR)), row("long " * 90)]
     question = "how many of them are there in the system that the answer is to the question of now"
     rows.append(row(question))
     settings = BuildSettings(
@@ -66,15 +62,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_counts_and_lengths_of_data_files(tmp_path, chat_tokenizer):
-    path = write(
-        tmp_path / "rows.jsonl",
-        [
-            row("a b", "c"),
-            row("d", "e f g h", source="other"),
-            row("i", "j", domain="zoology"),
-            row("k", "l", domain=None),
-        ],
-    )
+    rows = [row("a b", "c"), row("d", "e f g h", source="other"), row("i", "j", domain="zoology")]
+    path = write(tmp_path / "rows.jsonl", [*rows, row("k", "l", domain=None)])
     found = row_stats(path)
     assert found["unit"] == "words"
     assert list(found["domains"]) == ["math", NONE, "zoology"], "the six first, then others by name"
@@ -83,11 +72,8 @@ def test_counts_and_lengths_of_data_files(tmp_path, chat_tokenizer):
         "lengths": {"min": 2, "5 %": 2, "25 %": 2, "50 %": 2, "75 %": 3, "95 %": 5, "99 %": 5, "max": 5},
     }  # fmt: skip
     assert found["domains"]["math"]["rows"] == 2 and found["domains"]["math"]["share"] == round(8 / 12, 6)
-    assert found["sources"]["other"]["tokens"] == 5 and found["sources"]["own"]["domains"] == [
-        "math",
-        "zoology",
-        NONE,
-    ]
+    assert found["sources"]["other"]["tokens"] == 5
+    assert found["sources"]["own"]["domains"] == ["math", "zoology", NONE]
     assert found["contamination"] is None and found["packing"] == {}
 
     tokens = [encode_row(chat_tokenizer, one) for one in read_rows(path)]
@@ -102,7 +88,7 @@ def test_counts_and_lengths_of_data_files(tmp_path, chat_tokenizer):
 def test_histograms_count_every_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", [row("w " * size, "a") for size in [*range(1, 400), 9000]])
     found = row_stats(path)["histograms"]
-    assert sum(found["domains"]["math"]) == 400
+    assert sum(found["domains"]["math"]) == sum(found["sources"]["own"]) == 400
     bars = row_stats(write(path, [row("w " * size, "a") for size in range(1, 80)]))["histograms"]
     assert set(bars["domains"]["math"]) <= {0, 1, 2} and bars["edges"][:3] == [0, 2, 4], (
         "bars of one width in whole words"
@@ -110,6 +96,18 @@ def test_histograms_count_every_row(tmp_path):
     assert found["open_end"] and found["edges"][-1] < 500, (
         "one very long row must not press the others into one bar"
     )
+    mixed = [row("w " * (4 if i else 9), "a", source="short") for i in range(960)]
+    mixed += [row("w " * (100 + i), "a", source=f"long {i % 2}") for i in range(40)]
+    found = row_stats(write(path, mixed))["histograms"]
+    assert {name: sum(counts) for name, counts in found["sources"].items()} == {
+        "short": 960, "long 0": 20, "long 1": 20
+    }  # fmt: skip
+    width = found["edges"][1]
+    assert found["sources"]["short"][5 // width] == 959 and found["sources"]["short"][10 // width] == 1
+    assert sum(count > 0 for count in found["sources"]["long 0"]) > 5, "no source lies all in the last bar"
+    assert found["domains"]["math"] == [
+        sum(counts) for counts in zip(*found["sources"].values(), strict=True)
+    ]
 
 
 def test_bad_rows_are_counted(tmp_path, make_tokenizer):
@@ -124,28 +122,77 @@ def test_bad_rows_are_counted(tmp_path, make_tokenizer):
 
 def test_duplicates_and_leaks_of_data_files(tmp_path):
     other = row(LONG.replace("many", "few"), answer="yes")
-    rows = [
-        row(LONG),
-        row("what else"),
-        row(f" {LONG} "),
-        row(NEAR),
-        row(LONG, answer="no"),
-        other,
-        row(f"so {LONG}"),
-    ]
+    rows = [row(LONG), row("what else"), row(f" {LONG} "), row(NEAR), row(LONG, answer="no"), other]
+    rows += [row(f"so {LONG}")]
     path = write(tmp_path / "rows.jsonl", rows)
     found = row_stats(path)
     # Exact: rows 3 and 5. Near, with the same answer or none: rows 4 and 7; row 6 has an answer of its own.
-    assert found["duplicates"] == {
-        "of": 7,
-        "exact": 2,
-        "near": 2,
-        "exact_rate": 0.285714,
-        "near_rate": 0.285714,
-    }
+    rate = 0.285714
+    assert found["duplicates"] == {"of": 7, "exact": 2, "near": 2, "exact_rate": rate, "near_rate": rate}
     questions = write(tmp_path / "test.jsonl", [row(LONG)])
     leaking = row_stats(path, evaluation=evaluation_index([questions]))["contamination"]
     assert leaking["of"] == 7 and leaking["contaminated"] >= 4 and leaking["contaminated_rate"] >= 0.571
+
+
+def test_rates_of_data_files_by_domain_and_source(tmp_path):
+    rows = [
+        row(LONG),
+        row(LONG, domain="logic", source="b"),
+        row(NEAR, source="b"),
+        row("what else", source="c"),
+    ]
+    path = write(tmp_path / "rows.jsonl", [*[{"prompt": "bad"}] * 1023, *rows])  # in two batches
+    found = row_stats(path, evaluation=evaluation_index([write(tmp_path / "t.jsonl", [row("what else")])]))
+    cells = {sheet.title: sheet.rows for sheet in sheets(found)}
+    assert cells["Duplicates and leaks, by domain"] == (
+        ("math", "3", "0", "0.0 %", "1", "33.3 %", "1", "33.3 %"),
+        ("logic", "1", "1", "100.0 %", "0", "0.0 %", "0", "0.0 %"),
+        ("all", "4", "1", "25.0 %", "1", "25.0 %", "1", "25.0 %"),
+    )
+    by_source = {name: entry for name, *entry in cells["Duplicates and leaks, by source"]}
+    assert by_source["b"] == ["2", "1", "50.0 %", "1", "50.0 %", "0", "0.0 %"]
+    assert by_source["c"][-2:] == ["1", "100.0 %"] and by_source["own"][1:] == ["0", "0.0 %"] * 3
+    assert found["rates"]["sources"]["by_name"]["b"]["duplicates"] == {
+        "of": 2, "exact": 1, "near": 1, "exact_rate": 0.5, "near_rate": 0.5
+    }  # fmt: skip
+    found = row_stats(path)
+    assert all(one["contamination"] is None for one in found["rates"]["domains"]["by_name"].values())
+    assert "not compared with evaluation questions" in page(found)
+
+
+def test_rates_of_a_set_are_told_or_left_empty(tmp_path):
+    leaks = ["a/1", "a/2", "two/file/x:3", "gone/4"]
+    others = [{"source": "a", "id": "a/9", "reason": "near duplicate"}]
+    counts = {"usable": 8, "exact_duplicates": 2, "near_duplicates": 1}
+    report = {
+        "domains": {"math": counts, "logic": counts, "code": counts},
+        "sources": {"a": counts, "two": counts, "p": counts, "p/q": counts},
+        "evaluation": ["test"],
+    }
+    of = {"a": {"math"}, "two": {"logic", "code"}, "p": {"math"}, "p/q": {"math"}}
+
+    def told(*ids: str) -> tuple[dict, dict, str]:
+        lines = [{"source": "entry", "id": one, "reason": "contaminated"} for one in ids]
+        found = set_rates(
+            report, write(tmp_path / "dropped.jsonl", lines + others), of, dict.fromkeys(report, ())
+        )
+        every = [found[kind]["by_name"].items() for kind in ("domains", "sources")]
+        rates = [{name: one["contamination"]["contaminated_rate"] for name, one in kind} for kind in every]
+        return *rates, " ".join(found["domains"]["notes"] + found["sources"]["notes"])
+
+    assert told(*leaks[:2])[:2] == (
+        {"math": 0.2, "logic": 0, "code": 0},
+        {"a": 0.2, "two": 0, "p": 0, "p/q": 0},
+    )
+    domains, sources, notes = told(*leaks[:3])
+    assert domains == {"math": 0.2, "logic": None, "code": None} and sources["two"] == round(1 / 9, 6)
+    assert "Empty cells: 1 leaking row(s) may be of these domains" in notes
+    domains, sources, _ = told(*leaks)
+    assert set(domains.values()) == {None} and sources["gone"] == 1.0
+    domains, sources, notes = told("p/q/1")
+    assert domains["math"] == round(1 / 9, 6) and sources == {"a": 0, "two": 0, "p": None, "p/q": None}
+    assert "Empty cells: 1 leaking row(s) may be of these sources" in notes
+    assert "In no line: 1 leaking row(s)" in told("x/y/z")[2]
 
 
 def test_questions_on_one_passage_are_no_near_duplicates(tmp_path):
@@ -173,15 +220,26 @@ def test_a_built_set(built):
             )  # fmt: skip
     assert found["duplicates"]["exact"] == 1 and found["duplicates"]["near"] == 1
     assert found["contamination"]["contaminated"] == 1 and found["contamination"]["of"] == 64
-    assert found["left_out"]["by_reason"] == {
-        "contaminated": 1,
-        "too long": 1,
-        "exact duplicate": 1,
-        "near duplicate": 1,
-    }
+    reasons = ("contaminated", "too long", "exact duplicate", "near duplicate")
+    assert found["left_out"]["by_reason"] == dict.fromkeys(reasons, 1)
     assert found["left_out"]["read"] == 65
     assert found["packing"]["train"]["filled"] == train["filled"]
-    assert sum(map(sum, found["histograms"]["domains"].values())) == total["rows"]
+    for kind in ("domains", "sources"):
+        bars, rates = found["histograms"][kind], found["rates"][kind]["by_name"]
+        assert {name: sum(counts) for name, counts in bars.items()} == {
+            name: entry["rows"] for name, entry in found[kind].items()
+        }
+        for name, counts in report[kind].items():
+            twins = rates[name]["duplicates"]
+            assert [twins[key] for key in ("of", "exact", "near")] == [
+                counts[key] for key in ("usable", "exact_duplicates", "near_duplicates")
+            ]
+    assert found["rates"]["sources"]["by_name"]["own"]["contamination"]["contaminated_rate"] == round(
+        1 / 64, 6
+    )
+    assert found["rates"]["domains"]["by_name"]["math"]["contamination"]["contaminated"] is None, (
+        "of which domain?"
+    )
 
 
 def test_a_set_is_what_its_rows_are(built, chat_tokenizer):
@@ -271,12 +329,16 @@ def test_the_page_stands_alone(built):
     assert all(link.startswith("#") for link in found.links)
     assert "http" not in html and "url(" not in re.sub(r"url\(#", "", html)
     assert len(found.ids) == len(set(found.ids)) and {link[1:] for link in found.links} <= set(found.ids)
-    assert found.tags.count("svg") == 4 and found.tags.count("title") == 1
+    assert found.tags.count("svg") == 5 and found.tags.count("title") == 1
     assert "prefers-color-scheme: dark" in html and "currentColor" in html and "#010203" not in html
     assert "#ffffff" not in html, "plots have no ground of their own"
     text = " ".join(found.texts)
     for said in (
         "Length in tokens, by domain",
+        "Length in tokens, by source, coloured by domain",
+        "Duplicates and leaks, by domain",
+        "Duplicates and leaks, by source",
+        "Empty cells: 1 leaking row(s)",
         "Left out, and why",
         "near duplicate",
         "logic",
@@ -304,18 +366,22 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
 @pytest.mark.parametrize("count", [1, 30, 60])
 def test_any_number_of_domains_and_sources_can_be_drawn(tmp_path, count):
     rows = [row(f"{i}", domain=f"domain {i}", source=f"source {i}") for i in range(count)]
-    assert parsed(page(row_stats(write(tmp_path / "rows.jsonl", rows)))).tags.count("svg") == 3
+    html = page(row_stats(write(tmp_path / "rows.jsonl", rows)))
+    assert parsed(html).tags.count("svg") == 4
+    drawn = html[html.index("by source, coloured") :].split("</svg>")[0]
+    assert all(f">source {i}<" in drawn for i in range(count)), "each has a histogram of its own"
 
 
 def test_the_verb(capsys, tmp_path, built):
-    rows = write(tmp_path / "rows.jsonl", [row("a b"), row("c d", "[bold]x")])
-    files = ["--html", str(tmp_path / "page.html"), "--json", str(tmp_path / "figures.json")]
+    rows = write(tmp_path / "rows.jsonl", [row("a b"), row("c d", domain="[bold]x :smile:", source="[/b]")])
+    files = ["--html", str(tmp_path / ":smile:.html"), "--json", str(tmp_path / "figures.json")]
     model = ["--model_name", str(built.parent / "model")]
     assert main(["data", "stats", str(rows), *model, "--eval_file", str(rows), *files]) == 0
     out = capsys.readouterr().out
+    assert all(text in out for text in ("[bold]x :smile:", "[/b]", files[1])), "nothing in the data is markup"
     assert "Length in tokens, by source" in out and "hold an evaluation question     2   2  100.0 %" in out
     assert json.loads((tmp_path / "figures.json").read_text())["total"]["rows"] == 2
-    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert Path(files[1]).read_text().startswith("<!DOCTYPE html>")
     assert main(["data", "stats", str(built)]) == 0
     assert "held out" in capsys.readouterr().out
 

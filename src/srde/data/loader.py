@@ -124,9 +124,7 @@ class PackedDataset(Dataset):  # type: ignore[type-arg]
 
     def epoch(self, number: int) -> np.ndarray:
         """The rows of an epoch in order."""
-        if self.order == "curriculum":
-            return np.arange(len(self))
-        return np.random.default_rng([self.seed, number]).permutation(len(self))
+        return _epoch(len(self), self.order, self.seed, number)
 
     def examples(self) -> Examples:
         """The examples one by one, for models that cannot keep packed ones apart."""
@@ -186,15 +184,26 @@ class Examples(Dataset):  # type: ignore[type-arg]
 
     def __init__(self, packed: PackedDataset) -> None:
         self._packed = packed
+        self.order, self.seed = packed.order, packed.seed
         recipes = packed._recipes
         self._pieces = packed.pieces()[0] if recipes is None else [piece for row in recipes for piece in row]
 
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def epoch(self, number: int) -> np.ndarray:
+        """The examples of an epoch in order."""
+        return _epoch(len(self), self.order, self.seed, number)
+
     def __getitem__(self, index: int) -> Example:
         part = self._packed._piece(self._pieces[index])
         return Example(part["input_ids"].tolist(), part["labels"].tolist(), int(part["domain_ids"][0]))
+
+
+def _epoch(length: int, order: Order, seed: int, number: int) -> np.ndarray:
+    if order == "curriculum":
+        return np.arange(length)
+    return np.random.default_rng([seed, number]).permutation(length)
 
 
 def balanced(domains: np.ndarray, trained: np.ndarray, seed: int) -> list[int]:
@@ -234,9 +243,9 @@ def curriculum(domains: np.ndarray, trained: np.ndarray) -> list[int]:
 
 
 class RowOrder(Sampler):  # type: ignore[type-arg]
-    """The rows of a packed set in the order of an epoch, for any `DataLoader` and for Transformers' trainer."""
+    """The rows of a packed set, or its examples, in the order of an epoch: for any `DataLoader`, and Transformers' trainer."""
 
-    def __init__(self, dataset: PackedDataset) -> None:
+    def __init__(self, dataset: PackedDataset | Examples) -> None:
         self.dataset = dataset
         self.number = 0
 

@@ -196,18 +196,31 @@ def to_row(record: Mapping[str, Any], file: str, line: int) -> Row:
 
     metadata = record.get("metadata")
     metadata = {} if metadata is None else metadata
+    known = {*layout, *taken, "metadata", "answer", *_LABELS}
+    others = {name: value for name, value in record.items() if name not in known}
+    for name, value in (*others.items(), ("metadata", metadata), ("answer", record.get("answer"))):
+        if lone := _lone_surrogate(value):
+            refuse(name, f"holds the lone surrogate \\u{ord(lone):04x}, which is not a character")
     if not isinstance(metadata, dict):
         refuse("metadata", f"must be an object, not {_json_type(metadata)}")
-    known = {*layout, *taken, "metadata", "answer", *_LABELS}
     return Row(
         prompt=prompt,
         response=response,
         file=file,
         line=line,
         answer=_answer(record.get("answer"), refuse),
-        metadata={**{name: value for name, value in record.items() if name not in known}, **metadata},
+        metadata={**others, **metadata},
         **{name: text(name, record[name]) for name in _LABELS if record.get(name) is not None},
     )
+
+
+def _lone_surrogate(value: Any) -> str | None:
+    """Half a character in a text, or in any text of a list or an object."""
+    if isinstance(value, str):
+        found = None if value.isascii() else _LONE_SURROGATE.search(value)
+        return found.group() if found else None
+    parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else ()
+    return next((lone for part in parts if (lone := _lone_surrogate(part))), None)
 
 
 def _conversation(

@@ -178,8 +178,14 @@ def _generation_tail(prompt: str, special: Sequence[str]) -> tuple[str, str] | N
     return (matches[-1].group(), prompt[matches[-1].end() :]) if matches else None
 
 
-def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int) -> Tokenized:
-    """Tokenises a data set, and numbers its domains as `number_domains` does.
+def tokenize_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    max_length: int,
+    domains: Sequence[str | None] = (),
+) -> Tokenized:
+    """Tokenises a data set, and numbers its domains as `number_domains` does, those in `domains` first.
 
     Rows of more than `max_length` tokens are left out and counted, never cut: a cut response would teach the model to stop in
     mid-sentence.
@@ -189,7 +195,7 @@ def tokenize_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, ma
     """
     if not rows:
         raise DataError.at("rows", None, "file", "there is no row to train on: every label would be masked")
-    numbers = number_domains(row.domain for row in rows)
+    numbers = number_domains([*domains, *(row.domain for row in rows)])
     encoded = []
     for one in encode_rows(tokenizer, rows):
         if isinstance(one, DataError):

@@ -28,10 +28,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What tokenised data depend on: sha256 of the vocabulary, and of the chat template ("" without one)."""
+    """What tokenised data depend on: sha256 of the vocabulary, of the chat template ("" without one), and of all else that a fast
+    tokenizer does to a text, its end-of-sequence token included."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     template = tokenizer.chat_template or ""
+    rest: dict[str, object] = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}
+    if tokenizer.is_fast:
+        steps = json.loads(tokenizer.backend_tokenizer.to_str())
+        rest |= {name: steps.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "model")}
     return {
+        "steps": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest(),
         "vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
         "chat_template": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest(),
     }

@@ -73,6 +73,13 @@ class DataArguments:
                 rule="a run has either rows to tokenise or a packed set",
                 fix="pass one of --train_file and --pretokenized_dir",
             )
+        if self.train_file is not None and self.data_order != "shuffled":
+            raise ConfigError.of(
+                "data_order",
+                self.data_order,
+                rule="only packed sets have an order of their own",
+                fix="build one with `srde data build` and pass --pretokenized_dir",
+            )
         if self.max_length < 2:
             raise ConfigError.of(
                 "max_length",

@@ -73,7 +73,8 @@ class RowData:
         """Tokenises and packs, or leaves examples single for models whose packing is not exact."""
         length = self.args.max_length
         train, facts = _prepare(tokenizer, self.rows, length, packed)
-        held_out = _prepare(tokenizer, self.held_out, length, packed)[0] if self.held_out else None
+        domains = [row.domain for row in self.rows]  # held-out rows have the training rows' numbers
+        held_out = _prepare(tokenizer, self.held_out, length, packed, domains)[0] if self.held_out else None
         return TrainingData(
             train, held_out, _collator(tokenizer, packed), facts | {"bad_rows": self.bad_rows}
         )
@@ -102,7 +103,8 @@ class PackedData:
         }  # fmt: skip
         held_out: Dataset[Any] | None = None
         if self.held_out:
-            held_out = _prepare(tokenizer, self.held_out, self.train.max_length, packed)[0]
+            names = self.train.domain_names
+            held_out = _prepare(tokenizer, self.held_out, self.train.max_length, packed, names)[0]
         elif self.train.metadata["splits"]["validation"]["rows"]:
             split = PackedDataset(self.train.folder, "validation", check=False)
             held_out = split if packed else split.examples()
@@ -136,9 +138,13 @@ def _read(path: str, args: DataArguments) -> tuple[list[Row], int]:
 
 
 def _prepare(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, packed: bool
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    packed: bool,
+    domains: Sequence[str | None] = (),
 ) -> tuple[Rows, dict[str, Any]]:
-    tokenized = tokenize_rows(tokenizer, rows, max_length=max_length)
+    tokenized = tokenize_rows(tokenizer, rows, max_length=max_length, domains=domains)
     facts = {
         "rows": len(tokenized.examples),
         "rows_left_out": tokenized.dropped,

@@ -72,7 +72,10 @@ def run(
     config = starting_config(experts)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     given = open_data(
-        data_args, tokenizer, need_domains=args.supervised_experts, seed=args.data_seed or args.seed
+        data_args,
+        tokenizer,
+        need_domains=args.supervised_experts,
+        seed=args.seed if args.data_seed is None else args.data_seed,
     )
     kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     base = load_base(model_args.model_name_or_path, model_args.dtype, **kwargs)

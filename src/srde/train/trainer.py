@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
-from srde.data.loader import PackedDataset, RowOrder
+from srde.data.loader import Examples, PackedDataset, RowOrder
 from srde.train.losses import SrdeLossMixin
 
 
@@ -22,6 +22,6 @@ class SrdeTrainer(SrdeLossMixin, Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return (
             RowOrder(dataset)
-            if isinstance(dataset, PackedDataset)
+            if isinstance(dataset, PackedDataset | Examples)
             else super()._get_train_sampler(train_dataset)
         )

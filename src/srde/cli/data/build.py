@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     )
     if settings.upload_repo:
         require_name(settings.upload_repo)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     try:
         built = build(settings, console)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ def main(argv: list[str]) -> int:
         "--parts", nargs="+", required=True, help="the parts' work folders, each shard index once"
     )
     parser.add_argument("--work_dir", required=True, help="folder for the result")
+    parser.add_argument("--model_name", help="where the model is here, if rows of a source are read again")
     parser.add_argument(
         "--num_proc", type=int, help="processes, if rows of a source are read again (default: cores)"
     )
@@ -27,8 +28,8 @@ def main(argv: list[str]) -> int:
 
     if args.upload_repo:
         require_name(args.upload_repo)
-    console = Console(highlight=False)
-    built = merge(args.parts, args.work_dir, console, num_proc=args.num_proc)
+    console = Console(highlight=False, markup=False)
+    built = merge(args.parts, args.work_dir, console, num_proc=args.num_proc, model_name=args.model_name)
     console.print(summary(built.report))
     console.print(f"train on it: srde train --pretokenized_dir {built.folder} ...", soft_wrap=True)
     if args.upload_repo:

@@ -7,7 +7,10 @@ import argparse
 
 def main(argv: list[str]) -> int:
     """Prints rows with what is trained marked, and writes them as an HTML page where asked to."""
-    parser = argparse.ArgumentParser(prog="srde data preview", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="srde data preview", allow_abbrev=False,
+        description="Prints rows as the model sees them, special tokens included, with what is trained marked.",
+    )  # fmt: skip
     parser.add_argument(
         "path", metavar="PATH", help="a data file, a folder of them, or a built set (a build's work_dir)"
     )

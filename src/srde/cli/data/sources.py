@@ -34,5 +34,5 @@ def main(argv: list[str]) -> int:
             ", ".join(source.evaluation),
             source.license or "by row",
         )
-    Console().print(table)
+    Console(markup=False).print(table)
     return 0

@@ -7,7 +7,10 @@ import argparse
 
 def main(argv: list[str]) -> int:
     """Prints tables; writes JSON and an HTML page where asked to."""
-    parser = argparse.ArgumentParser(prog="srde data stats", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="srde data stats", allow_abbrev=False,
+        description="Prints counts, lengths, duplicates and leaks of data files or a built set, by domain and by source.",
+    )  # fmt: skip
     parser.add_argument(
         "path", metavar="PATH", help="a data file, a folder of them, or a built set (a build's work_dir)"
     )
@@ -37,7 +40,7 @@ def main(argv: list[str]) -> int:
     refuse_unknown(
         "data stats", unknown, [flag for action in parser._actions for flag in action.option_strings]
     )
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if folder := find_set(args.path):
         for flag in ("model_name", "eval_file"):
             if value := getattr(args, flag):
@@ -54,8 +57,8 @@ def main(argv: list[str]) -> int:
     console.print(as_group(stats))
     if args.json:
         write_file(args.json, json.dumps(stats, indent=2) + "\n")
-        console.print(f"\nAll figures: {args.json}")
+        console.print(f"\nAll figures: {args.json}", soft_wrap=True)
     if args.html:
         write_file(args.html, page(stats))
-        console.print(f"\nPage: {args.html}")
+        console.print(f"\nPage: {args.html}", soft_wrap=True)
     return 0

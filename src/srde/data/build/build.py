@@ -12,7 +12,7 @@ from srde.artifacts import verify
 from srde.artifacts.disk import means_disk_full
 from srde.artifacts.folder import disk_full
 from srde.data.build.finish import digest
-from srde.data.build.plan import PLAN_FILE, first_difference, keep_plan, make_plan
+from srde.data.build.plan import PLAN_FILE, first_difference, keep_plan, make_plan, read_plan
 from srde.data.build.settings import BuildSettings
 from srde.data.build.stage import Stage
 from srde.data.build.state import load_state, save_state
@@ -41,8 +41,10 @@ def build(settings: BuildSettings, console: Console | None = None) -> Built:
     with stage.lock():
         _sweep(stage, console)
         tokenizer = load_tokenizer(settings.model_name)
+        # What the plan of a build that goes on has fixed (commits, a template's date) stays as it was.
+        begun = read_plan(stage.own / PLAN_FILE) if (stage.own / PLAN_FILE).exists() else None
         with console.status("looking at the sources"):
-            plan = make_plan(settings, tokenizer, stage.place("unpacked"))
+            plan = make_plan(settings, tokenizer, stage.place("unpacked"), begun)
         keep_plan(plan, stage.own)
         save_state(plan, stage.own)
         if done := _standing(work_dir):
@@ -57,6 +59,7 @@ def merge(
     work_dir: str | Path,
     console: Console | None = None,
     num_proc: int | None = None,
+    model_name: str | None = None,
 ) -> Built:
     """Joins the parts of several machines to the bytes that one machine would have made.
 
@@ -65,16 +68,20 @@ def merge(
         work_dir: Where the result goes; it may be one of the parts.
         console: As for `build`.
         num_proc: Processes for chunks that no part has, when domains came out short.
+        model_name: Where the model is on this machine, for the same; where it was for the first part, if not given.
 
     Raises:
         UsageError: A part is missing or unfinished, or two are parts of different builds.
     """
     console = console or Console(quiet=True)
     folders = [Path(part) for part in parts]
-    _require_whole(folders)
     work_dir = Path(work_dir)
+    if any(folder.resolve() == work_dir.resolve() for folder in folders) and (done := _standing(work_dir)):
+        return done  # merged already: the part's own chunks are gone
+    _require_whole(folders)
     _make_folder(work_dir)
-    plan = load_state(Stage(folders[0]).own, work_dir=str(work_dir), num_proc=num_proc)
+    changes = {"work_dir": str(work_dir), "num_proc": num_proc}
+    plan = load_state(Stage(folders[0]).own, **changes | ({"model_name": model_name} if model_name else {}))
     stage = Stage(work_dir, [folder for folder in folders if folder.resolve() != work_dir.resolve()])
     with stage.lock():
         _sweep(stage, console)
@@ -87,6 +94,15 @@ def merge(
 
 
 def _make_folder(work_dir: Path) -> None:
+    if not (Stage(work_dir).own / PLAN_FILE).exists():
+        for name in (TRAIN_FILE, VALIDATION_FILE, CARD_FILE, OUTPUT):
+            if (work_dir / name).exists():
+                raise UsageError.of(
+                    "work_dir",
+                    str(work_dir),
+                    rule=f"it holds {name}, which no build of ours has put there and a build would replace",
+                    fix="name a new folder",
+                )
     try:
         Stage(work_dir).own.mkdir(parents=True, exist_ok=True)
         (Stage(work_dir).own / "lock").touch()
@@ -113,7 +129,7 @@ def _standing(work_dir: Path) -> Built | None:
     try:
         manifest = verify(work_dir / OUTPUT)
         report = json.loads((manifest.folder / REPORT_FILE).read_text(encoding="utf-8"))
-        for name in (TRAIN_FILE, VALIDATION_FILE, CARD_FILE):
+        for name in (TRAIN_FILE, VALIDATION_FILE):  # the card is there to be edited
             if digest(work_dir / name) != manifest.metadata["files"][name]:
                 return None
     except (ArtifactError, OSError, KeyError):
@@ -134,7 +150,7 @@ def _require_whole(folders: Sequence[Path]) -> None:
                 rule="it holds no finished part of a build",
                 fix="run `srde data build` with its --shard_index first",
             )
-        own = json.loads(file.read_text())
+        own = read_plan(file)
         found[own["shard_index"]], count = folder, own["num_shards"]
     missing = [index for index in range(count) if index not in found]
     if missing or len(found) != len(folders) or max(found, default=0) >= count:

@@ -124,6 +124,11 @@ class EvaluationIndex:
     def of(cls, names: Sequence[str], found: Passages) -> EvaluationIndex:
         """Builds the index of all evaluation rows' passages; `names` has one entry per row."""
         tables = {}
+        # The same question asked twice is one question: else its n-grams would soon count as boilerplate.
+        whole = found.widths == WHOLE
+        _, same = np.unique(found.hashes[whole], return_inverse=True)
+        distinct = np.arange(len(names)) + len(same)
+        distinct[found.questions[found.owners[whole]]] = same
         sizes = np.zeros(len(found.questions), dtype=np.int64)
         for width in np.unique(found.widths):
             chosen = found.widths == width
@@ -134,7 +139,7 @@ class EvaluationIndex:
             owners = pairs[:, 1].astype(np.int32)
             if width != WHOLE:
                 keys = np.repeat(np.arange(len(hashes)), counts)
-                asked = np.unique(np.stack([keys, found.questions[owners]], axis=1), axis=0)[:, 0]
+                asked = np.unique(np.stack([keys, distinct[found.questions[owners]]], axis=1), axis=0)[:, 0]
                 rare = np.bincount(asked, minlength=len(hashes)) <= COMMON
                 stays = rare[keys] & found.telling[owners]
                 counts = np.bincount(keys[stays], minlength=len(hashes))

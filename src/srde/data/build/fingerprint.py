@@ -39,6 +39,7 @@ _ASCII_WORDS = (
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers have inverses modulo 2**64
 _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
 _SEED = 1
+_SLAB = 1 << 20  # bytes
 _BYTES = np.random.Generator(np.random.PCG64(0)).integers(
     1, 2**64, 256, dtype=np.uint64
 )  # what each byte counts in a word
@@ -66,15 +67,33 @@ def _spaced(text: str) -> bytes:
 
 
 def hash_words(texts: Sequence[str]) -> Words:
-    """The word hashes of texts: polynomials in the words' bytes, all computed at once."""
-    spaced = [_spaced(text) for text in texts]
+    """The word hashes of texts: polynomials in the words' bytes, about a megabyte of them at once."""
+    parts: list[Words] = []
+    slab: list[bytes] = []
+    size = 0
+    for text in texts:
+        slab.append(_spaced(text))
+        size += len(slab[-1])
+        if size >= _SLAB:
+            parts.append(_hash_slab(slab))
+            slab, size = [], 0
+    parts.append(_hash_slab(slab))
+    first = np.cumsum([0, *(len(part.hashes) for part in parts)])
+    offsets = [part.offsets[1:] + first[place] for place, part in enumerate(parts)]
+    return Words(
+        np.concatenate([part.hashes for part in parts]),
+        np.concatenate([np.zeros(1, dtype=np.int64), *offsets]),
+    )
+
+
+def _hash_slab(spaced: Sequence[bytes]) -> Words:
     ends = np.cumsum([len(one) for one in spaced])
     data = np.frombuffer(b"".join(spaced), dtype=np.uint8)
     within = np.concatenate([[False], data != ord(" "), [False]])
     borders = np.flatnonzero(within[1:] != within[:-1])
     starts, stops = borders[::2], borders[1::2]
     hashes = _Polynomials(_BYTES[data]).of(starts, stops)
-    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    offsets = np.zeros(len(spaced) + 1, dtype=np.int64)
     offsets[1:] = np.searchsorted(starts, ends)
     return Words(_mixed(hashes), offsets)
 
@@ -176,7 +195,7 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first powers of the base and of its inverse."""
     if count > len(_known_powers[0]):
         for place, base in enumerate((_BASE, _INVERSE)):
-            factors = np.full(2 * count, base, dtype=np.uint64)
+            factors = np.full(count, base, dtype=np.uint64)
             factors[0] = 1
             _known_powers[place] = np.cumprod(factors)
     return _known_powers[0][:count], _known_powers[1][:count]

@@ -72,11 +72,10 @@ def finish(
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         with (folder / DROPPED_FILE).open("w", encoding="utf-8") as sink:
             sink.writelines(_dropped(chunks, folders, selection))
-        write_text(work_dir / CARD_FILE, iter([card(plan, report)]))
-        readable.result()
-        metadata["files"] = {
-            name: digest(work_dir / name) for name in (TRAIN_FILE, VALIDATION_FILE, CARD_FILE)
-        }
+        if not (work_dir / CARD_FILE).exists():  # or else somebody may have added to it
+            write_text(work_dir / CARD_FILE, iter([card(plan, report)]))
+        pool.result(readable)
+        metadata["files"] = {name: digest(work_dir / name) for name in (TRAIN_FILE, VALIDATION_FILE)}
     return report
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -65,6 +66,13 @@ class Planned:
         }
 
     @property
+    def domains(self) -> set[str]:
+        """The domains that it may have rows of, as far as can be told beforehand."""
+        if self.source.domain:
+            return {self.source.domain}
+        return {domain for file in self.files for domain in file.domains}
+
+    @property
     def rows(self) -> float:
         """At most how many training rows it has; infinite where nobody knows."""
         if self.spans:
@@ -107,22 +115,34 @@ class Plan:
         return Random(f"{self.settings.seed}/{planned.source.name}").sample(range(count), count)
 
 
-def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> Plan:
+def make_plan(
+    settings: BuildSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+    begun: Mapping[str, Any] | None = None,
+) -> Plan:
     """Looks at every source: reads local files once, asks the hub for its commits.
+
+    Args:
+        settings: What to build.
+        tokenizer: The model's.
+        scratch: Folder for the unpacked form of files.
+        begun: The identity of the plan that is gone on with: its commits and its date are kept.
 
     Raises:
         ConfigError: The sources are named wrongly, or none of them has rows to train on.
         DataError: A source is not there.
     """
     chosen = choose_sources(settings.sources) if settings.sources else list(registered().values())
-    chosen = [one for one in chosen if settings.domains is None or one.domain in (None, *settings.domains)]
     _refuse_unknown_domains(settings)
-    if settings.licenses is not None:
-        allowed = {name.lower() for name in settings.licenses}
-        chosen = [
-            one for one in chosen if one.license is None or one.license.lower() in allowed or not one.train
-        ]
-    train = [one for one in chosen if one.train]
+    allowed = None if settings.licenses is None else {name.lower() for name in settings.licenses}
+    train = [
+        one
+        for one in chosen
+        if one.train
+        and (settings.domains is None or one.domain in (None, *settings.domains))
+        and (allowed is None or one.license is None or one.license.lower() in allowed)
+    ]
     if not train:
         raise ConfigError.of(
             "sources",
@@ -134,15 +154,26 @@ def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerBase, scrat
         evaluation = []
     elif settings.eval_sources is not None:
         evaluation = as_evaluation(choose_sources(settings.eval_sources))
+        for one in evaluation:
+            if not one.evaluation:
+                raise ConfigError.of(
+                    "eval_sources",
+                    one.name,
+                    rule="this source has no rows for evaluation",
+                    fix="leave it out",
+                )
     else:
         # A leaked question is one whatever domain it is counted in: all registered sets are compared with.
         known = registered().values() if any(one.hub for one in train) else ()
         evaluation = [one for one in {one.name: one for one in (*known, *chosen)}.values() if one.evaluation]
     seen: dict[str, Planned] = {}
+    commits = {
+        one["name"]: one["commit"] for part in ("train", "evaluation") for one in (begun or {}).get(part, ())
+    }
 
     def planned(source: Source) -> Planned:
         if source.name not in seen or seen[source.name].source.path != source.path:
-            seen[source.name] = _resolve(source, scratch)
+            seen[source.name] = _resolve(source, scratch, Path(settings.work_dir), commits.get(source.name))
         found = seen[source.name]
         return Planned(source, found.commit, found.files, found.spans)
 
@@ -150,6 +181,7 @@ def make_plan(settings: BuildSettings, tokenizer: PreTrainedTokenizerBase, scrat
     _refuse_shared_files(*parts)
     identity = {
         "format": FORMAT,
+        "date": _date(settings, tokenizer, begun),
         "settings": settings.identity(),
         "model": Path(settings.model_name).name
         if Path(settings.model_name).exists()
@@ -217,14 +249,23 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
     return None if old == new else (path, old, new)
 
 
-def _resolve(source: Source, scratch: Path) -> Planned:
+def _date(
+    settings: BuildSettings, tokenizer: PreTrainedTokenizerBase, begun: Mapping[str, Any] | None
+) -> str | None:
+    """The day that a chat template is to take for today; None for templates that do not ask."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return None
+    return settings.template_date or (begun or {}).get("date") or date.today().isoformat()
+
+
+def _resolve(source: Source, scratch: Path, work_dir: Path, commit: str | None) -> Planned:
     if source.hub:
-        return Planned(source, commit=resolve_revision(source))
+        return Planned(source, commit=commit or resolve_revision(source))
     if source.gym:
         return Planned(source, spans=gym_spans(source.gym, source.rows or 0))
     root = Path(source.path or "")
     files = []
-    for path in data_files(root):
+    for path in data_files(root, leave_out=work_dir):
         name = path.name if path == root else path.relative_to(root).as_posix()
         files.append(open_file(path, name, scratch))
     return Planned(source, files=tuple(files), spans=tuple(span for file in files for span in file.spans))

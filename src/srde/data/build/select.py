@@ -5,7 +5,7 @@ Everything here is decided by the rows' fingerprints and the settings, never by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,14 +191,18 @@ def _compare(
             near[one] = other
 
 
-def shortages(selection: Selection, per_domain: int) -> Mapping[str, int]:
-    """Domain -> rows missing, where there are fewer than asked for."""
+def shortages(selection: Selection, per_domain: int, expected: Iterable[str]) -> Mapping[str, int]:
+    """Domain -> rows missing, where there are fewer than asked for.
+
+    Args:
+        selection: The rows.
+        per_domain: Rows asked for.
+        expected: Domains that there should be rows of, besides those that there are.
+    """
     counts = np.bincount(selection.domains[selection.train], minlength=len(selection.domain_names))
-    return {
-        name: per_domain - int(count)
-        for name, count in zip(selection.domain_names, counts, strict=True)
-        if name in selection.available and count < per_domain
-    }
+    have = dict(zip(selection.domain_names, counts.tolist(), strict=True))
+    names = [*selection.available, *(name for name in sorted(expected) if name not in selection.available)]
+    return {name: per_domain - have.get(name, 0) for name in names if have.get(name, 0) < per_domain}
 
 
 def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:

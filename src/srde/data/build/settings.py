@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Literal
 
 from srde.errors import ConfigError
@@ -73,6 +74,12 @@ class BuildSettings:
     num_proc: int | None = field(
         default=None, metadata={"help": "Processes. As many as cores, if not given."}
     )
+    template_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "Date, as 2026-01-31, for chat templates that put today's in. The day that the build began, if not given."
+        },
+    )
     shard_index: int = field(default=0, metadata={"help": "Which part this machine makes, from 0."})
     num_shards: int = field(
         default=1, metadata={"help": "Parts that the build is divided into; `srde data merge` joins them."}
@@ -119,6 +126,23 @@ class BuildSettings:
             raise ConfigError.of(
                 "on_bad_row", self.on_bad_row, rule="it must be error or skip", fix="use one of them"
             )
+        if self.upload_repo and self.num_shards > 1:
+            raise ConfigError.of(
+                "upload_repo",
+                self.upload_repo,
+                rule="a part is not uploaded",
+                fix="pass it to `srde data merge`",
+            )
+        if self.template_date is not None:
+            try:
+                date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise ConfigError.of(
+                    "template_date",
+                    self.template_date,
+                    rule=f"it must be a date ({error})",
+                    fix="write it as 2026-01-31",
+                ) from error
         if self.num_proc is not None and self.num_proc < 1:
             raise ConfigError.of("num_proc", self.num_proc, rule="it must be at least 1", fix="use 1")
 

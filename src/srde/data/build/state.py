@@ -46,6 +46,9 @@ def _planned(content: dict[str, Any]) -> Planned:
         require_name(name, STATE_FILE)  # they name folders
     source = Source(**entry | {name: tuple(entry[name]) for name in ("train", "evaluation")})
     files = tuple(
-        DataFile(**one | {"spans": tuple(Span(**span) for span in one["spans"])}) for one in content["files"]
+        DataFile(
+            **one | {"spans": tuple(Span(**span) for span in one["spans"]), "domains": tuple(one["domains"])}
+        )
+        for one in content["files"]
     )
     return Planned(source, content["commit"], files, tuple(Span(**span) for span in content["spans"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ class Steps:
             if self._missing(wanted):
                 if self.tokenizer is None:
                     self.tokenizer = load_tokenizer(self.settings.model_name)
-                with workers(self.settings.processes, self.tokenizer) as pool:
+                with workers(self.settings.processes, self.tokenizer, self.plan.identity["date"]) as pool:
                     self._read_evaluation(pool)
                     self._fetch(pool, wanted)
                     self._make_rows(pool, wanted)
@@ -107,7 +107,7 @@ class Steps:
             wanted = more
         if not len(selection.train):
             raise _nothing_left(folders, self.settings)
-        short = shortages(selection, self.settings.examples_per_domain)
+        short = self._short(selection)
         try:
             report = finish(self.plan, self.stage.work_dir, chunks, folders, selection, self.console)
         except BaseException:
@@ -179,9 +179,16 @@ class Steps:
     def _missing(self, wanted: dict[str, int]) -> bool:
         return any(True for planned in self.plan.train for _ in self._open(planned, wanted))
 
+    def _short(self, selection: Selection) -> Mapping[str, int]:
+        """Domains with fewer rows than asked for, and how many are missing."""
+        expected = {domain for planned in self.plan.train for domain in planned.domains}
+        wanted = self.settings.domains
+        expected = expected if wanted is None else set(wanted)
+        return shortages(selection, self.settings.examples_per_domain, expected)
+
     def _more(self, wanted: dict[str, int], selection: Selection) -> dict[str, int]:
         """What to read so that no domain is short: twice as much of its sources that have more."""
-        short = shortages(selection, self.settings.examples_per_domain)
+        short = self._short(selection)
         more = dict(wanted)
         for planned in self.plan.train:
             source = planned.source

@@ -38,6 +38,7 @@ ROWS_FILE = "rows.arrow"
 COUNTS_FILE = "counts.json"
 PASSAGES_FILE = "passages.npz"
 
+_BLANK_START = re.compile(r"\A(?:[^\S\n]*\n)+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff]")
 SCHEMA = pa.schema(
     [
@@ -172,14 +173,15 @@ def _labelled(
 
 
 def clean(row: Row) -> Row:
-    """The row with Unicode's NFC, Unix line ends, no control characters and no spaces around its texts.
+    """The row with Unicode's NFC, Unix line ends, no control characters, no blank lines before and no blanks after its texts.
 
     Raises:
         Dropped: Nothing is left of the prompt or the response, or a text holds U+FFFD: it was decoded wrongly.
     """
 
     def tidy(text: str) -> str:
-        text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+        text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).rstrip()
+        text = _BLANK_START.sub("", text)  # blank lines, not the indentation of the first one
         return text if text.isascii() else unicodedata.normalize("NFC", text)
 
     prompt = [{**turn, "content": tidy(turn["content"])} for turn in row.prompt]
@@ -188,7 +190,8 @@ def clean(row: Row) -> Row:
         raise Dropped("empty")
     if "\ufffd" in response or any("\ufffd" in turn["content"] for turn in prompt):
         raise Dropped("garbled")
-    return replace(row, prompt=prompt, response=response)
+    document = tidy(row.document) if row.document else None  # as it stands in the prompt
+    return replace(row, prompt=prompt, response=response, document=document)
 
 
 def make_passages(chunk: Chunk, rules: Rules) -> None:

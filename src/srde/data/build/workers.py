@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,25 @@ class Workers:
         self._pool = pool
 
     def start(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Runs a function on its own; `result()` waits for it and raises what it has raised."""
+        """Runs a function on its own; `result` waits for it."""
         return self._pool.submit(function, *args)
+
+    def result(self, future: Future[Any]) -> Any:
+        """What a function has returned.
+
+        Raises:
+            SrdeError: What it has raised.
+            UsageError: Its process died.
+        """
+        try:
+            return future.result()
+        except BrokenProcessPool as error:
+            raise UsageError.of(
+                "num_proc",
+                self._pool._max_workers,
+                rule="one of the build's processes died; the system kills processes when memory runs out",
+                fix="run the same command with a smaller --num_proc; finished chunks are kept",
+            ) from error
 
     def run(
         self, function: Callable[..., Any], tasks: Iterable[Sequence[Any]], done: Callable[[Any], None]
@@ -57,30 +75,28 @@ class Workers:
         futures: list[Future[Any]] = []
         try:
             for task in tasks:
-                future = self._pool.submit(function, *task)
+                future = self.start(function, *task)
                 future.add_done_callback(lambda f: f.cancelled() or f.exception() or done(f.result()))
                 futures.append(future)
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise UsageError.of(
-                "num_proc",
-                self._pool._max_workers,
-                rule="one of the build's processes died; the system kills processes when memory runs out",
-                fix="run the same command with a smaller --num_proc; finished chunks are kept",
-            ) from error
+            return [self.result(future) for future in futures]
         finally:
             for future in futures:
                 future.cancel()
 
 
 @contextmanager
-def workers(processes: int, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Workers]:
-    """Yields a pool of processes that know the tokenizer."""
+def workers(
+    processes: int, tokenizer: PreTrainedTokenizerBase | None, day: str | None = None
+) -> Iterator[Workers]:
+    """Yields a pool of processes that know the tokenizer, and whose chat template takes `day` (ISO 8601) for today."""
     global _tokenizer
     _tokenizer = tokenizer
     # Forked, so that torch, which Transformers imports, is loaded once and its pages are shared.
     pool = ProcessPoolExecutor(
-        processes, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(os.getpid(),)
+        processes,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_begin,
+        initargs=(os.getpid(), day),
     )
     try:
         yield Workers(pool)
@@ -102,13 +118,27 @@ def _stop(pool: ProcessPoolExecutor) -> None:
         process.join(5)
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, day: str | None) -> None:
+    if day:
+        _stop_the_clock(day)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     gc.freeze()  # what is inherited stays shared, and is not searched for garbage again and again
     gc.disable()  # a chunk's many small objects are no garbage; `do_rows` collects after each
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _stop_the_clock(day: str) -> None:
+    """Some chat templates put today's date in; a build that goes on tomorrow has to give the same bytes."""
+    from transformers.utils import chat_template_utils
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.fromisoformat(day)
+
+    chat_template_utils.datetime = Stopped
 
 
 def _follow(parent: int) -> None:

@@ -342,6 +342,20 @@ def winogrande(record: Record, fields: Fields) -> Converted | None:
     return Converted(as_question(question, options), as_choice(options, right), LETTERS[right], "choice")
 
 
+_COLUMN, _COLUMNS = (str,), (str, list)
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "columns": dict.fromkeys(("prompt", "response", "answer", "document", "id"), _COLUMN),
+    "messages": dict.fromkeys(("messages", "id"), _COLUMN),
+    "mbpp": {"prompt": _COLUMN},
+    "choice": {
+        **dict.fromkeys(("answer", "context", "rationale", "id", "ask", "prefix"), _COLUMN),
+        **dict.fromkeys(("question", "options"), _COLUMNS),
+        "shuffle": (bool,),
+        "first": (int,),
+    },
+}
+"""The settings that each converter takes, and their types; those that are not here take none."""
+
 CONVERTERS: dict[str, Callable[[Record, Fields], Converted | None]] = {
     function.__name__: function
     for function in (

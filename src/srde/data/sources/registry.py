@@ -15,8 +15,9 @@ the layouts that `srde.data.rows` knows.
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
@@ -25,13 +26,14 @@ from typing import Any
 
 import yaml
 
-from srde.data.sources.converters import CONVERTERS
+from srde.data.sources.converters import CONVERTERS, FIELDS
 from srde.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 """Kinds of data files."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")  # it names a folder: no slash, no leading dot
+_OURS = "srde's own sources.yaml"
 _PLACES = ("hub", "path", "gym")
 
 
@@ -104,7 +106,7 @@ class _Loader(yaml.SafeLoader):
 def registered() -> dict[str, Source]:
     """The data sets that srde knows, by name."""
     file = resources.files("srde.data.sources").joinpath("sources.yaml")
-    return _parse(yaml.safe_load(file.read_text(encoding="utf-8")), "sources.yaml", Path())
+    return _parse(yaml.safe_load(file.read_text(encoding="utf-8")), _OURS, Path())
 
 
 def read_sources(path: str | Path) -> dict[str, Source]:
@@ -143,7 +145,7 @@ def choose_sources(names: Sequence[str]) -> list[Source]:
             found = read_sources(path)
         elif path.is_dir() or (path.is_file() and path.name.endswith(SUFFIXES)):
             stem = path.resolve().name if path.is_dir() else path.name[: -len(_suffix(path))]
-            found = {stem: Source(stem, path=str(path), train=("all",))}
+            found = {stem: Source(stem, path=os.path.abspath(path), train=("all",))}
             require_name(stem, str(path))
         else:
             raise _unknown(name)
@@ -219,6 +221,24 @@ def _entry(name: str, entry: Any, file: str, folder: Path) -> Source:
         raise refuse(
             "converter", converter, f"it must be one of {', '.join(sorted(CONVERTERS))}", "pick one of them"
         )
+    known_fields = FIELDS.get(converter or "columns", {})
+    for key, value in (entry.get("fields") or {}).items():
+        kinds = known_fields.get(key)
+        if kinds is None:
+            close = difflib.get_close_matches(str(key), known_fields, n=1)
+            fix = f"the nearest is {close[0]}" if close else "leave it out"
+            raise refuse(
+                f"fields.{key}", value, f"the converter {converter or 'columns'} has no such setting", fix
+            )
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise refuse(
+                f"fields.{key}",
+                value,
+                f"it must be {' or '.join(kind.__name__ for kind in kinds)}",
+                "correct it",
+            )
+        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+            raise refuse(f"fields.{key}", value, "its list must hold names of columns", "correct it")
     if entry.get("gym") and not entry.get("rows"):
         raise refuse(
             "rows", entry.get("rows"), "a gym task makes as many rows as it is told to", "say how many"
@@ -234,7 +254,7 @@ def _entry(name: str, entry: Any, file: str, folder: Path) -> Source:
             ) from error
     values = dict(entry)
     if entry.get("path"):
-        values["path"] = str(folder / Path(entry["path"]).expanduser())
+        values["path"] = os.path.abspath(folder / Path(entry["path"]).expanduser())
     default = {"train": ["train" if entry.get("hub") else "all"]} if "evaluation" not in entry else {}
     for key in ("train", "evaluation"):
         value = values.get(key, default.get(key, []))
@@ -249,7 +269,18 @@ def _entry(name: str, entry: Any, file: str, folder: Path) -> Source:
                     key, split, "a split is named by letters, digits, '_', '.' and '-'", "name a split"
                 )
         values[key] = tuple(value)
-    return Source(name=name, **values)
+    source = Source(name=name, **values)
+    if file != _OURS:
+        _refuse_test_sets(source, refuse)
+    return source
+
+
+def _refuse_test_sets(source: Source, refuse: Callable[[str, object, str, str], ConfigError]) -> None:
+    """A split that the registry keeps for evaluation is not trained on under another name either."""
+    for known in registered().values():
+        if source.hub == known.hub and known.hub and source.config in (None, known.config):
+            for split in sorted(set(source.train) & set(known.evaluation)):
+                raise refuse("train", split, f"this is a test set ({known.name})", "give it as evaluation")
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -82,7 +82,8 @@ def _table(sheet: Sheet) -> str:
         f"<tr{' class=all' if place == last else ''}>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>\n"
         for place, row in enumerate(sheet.rows, start=1)
     )
-    return f"<h2>{_text(sheet.title)}</h2>\n<div class=wide><table>\n<tr>{head}</tr>\n{rows}</table></div>\n"
+    notes = "".join(f"<p>{_text(note)}</p>\n" for note in sheet.notes)
+    return f"<h2>{_text(sheet.title)}</h2>\n<div class=wide><table>\n<tr>{head}</tr>\n{rows}</table></div>\n{notes}"
 
 
 def _text(value: str) -> str:

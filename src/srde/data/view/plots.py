@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 
 # Of Okabe and Ito (2008), with those that vanish on white or black made mid-toned.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b8860b", "#a0529a", "#3f9fc9", "#8c6d5a", "#7f7f7f")
-MOST_BARS = 40
-MOST_PANELS = 24
+MOST_BARS = 60
+MOST_PANELS = 60
 _INK = "#010203"  # replaced by the page's text colour
 _LONGEST_NAME = 28
 _SETTINGS = {
@@ -46,12 +45,17 @@ def plots(stats: Mapping[str, Any]) -> dict[str, str]:
     color = {name: COLORS[place % len(COLORS)] for place, name in enumerate(stats["domains"])}
     drawn = {}
     with rc_context(_SETTINGS):
-        drawn[f"Length in {unit}, by domain"] = _svg(_lengths(stats["histograms"], unit, color), "lengths")
+        drawn[f"Length in {unit}, by domain"] = _svg(
+            _lengths(stats["histograms"], "domains", unit, color), "lengths"
+        )
         drawn[f"Rows and {unit} by domain"] = _svg(_shares(stats["domains"], unit, color), "domains")
         by_domain = {
             name: color[entry["domains"][0]] if len(entry["domains"]) == 1 else COLORS[-1]
             for name, entry in stats["sources"].items()
         }
+        drawn[f"Length in {unit}, by source, coloured by domain"] = _svg(
+            _lengths(stats["histograms"], "sources", unit, by_domain), "source-lengths"
+        )
         drawn[f"Rows and {unit} by source, coloured by domain"] = _svg(
             _shares(stats["sources"], unit, by_domain), "sources"
         )
@@ -60,33 +64,30 @@ def plots(stats: Mapping[str, Any]) -> dict[str, str]:
     return drawn
 
 
-def _lengths(histograms: Mapping[str, Any], unit: str, color: Mapping[str, str]) -> Figure:
+def _lengths(histograms: Mapping[str, Any], kind: str, unit: str, color: Mapping[str, str]) -> Figure:
+    """A small histogram for each domain or source, all over the same lengths, each with a scale of its own for the rows."""
     from matplotlib.figure import Figure
 
-    names = list(histograms["domains"])[:MOST_PANELS]
-    across = min(3, len(names))
+    bars, edges = histograms[kind], histograms["edges"]
+    names = list(bars)[:MOST_PANELS]
+    across = min(3 if len(names) <= 9 else 4, len(names))
     down = -(-len(names) // across)
-    figure = Figure(figsize=(9, 0.7 + 1.75 * down), layout="constrained")
+    figure = Figure(figsize=(9, 0.7 + (1.75 if across <= 3 else 1.4) * down), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharex=True)
-    edges = histograms["edges"]
-    widths = [right - left for left, right in itertools.pairwise(edges)]
     for place, axes in enumerate(grid.flat):
         if place >= len(names):
             axes.set_visible(False)
             continue
         name = names[place]
-        axes.bar(edges[:-1], histograms["domains"][name], widths, align="edge", color=color[name])
-        axes.set_title(_short(name), loc="left")
+        axes.stairs(bars[name], edges, fill=True, color=color[name])
+        axes.set_title(_short(name), loc="left", fontsize=11 if across <= 3 else 9)
         axes.set_xlim(0, edges[-1])
+        axes.set_ylim(0, 1.05 * max(*bars[name], 1))
         axes.locator_params(axis="y", nbins=4, integer=True)
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=5 if across <= 3 else 4)
         axes.tick_params(labelbottom=place + across >= len(names))
         _thousands(axes, "both")
-    few = (
-        f"; the first {len(names)} of {len(histograms['domains'])} domains"
-        if len(names) < len(histograms["domains"])
-        else ""
-    )
+    few = f"; the first {len(names)} of {len(bars)} {kind}" if len(names) < len(bars) else ""
     end = " (the last bar holds all longer rows)" if histograms["open_end"] else ""
     figure.supxlabel(f"{unit}{end}{few}", fontsize=10)
     figure.supylabel("rows", fontsize=10)

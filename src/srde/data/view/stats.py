@@ -17,12 +17,13 @@ import numpy as np
 from srde.artifacts import MANIFEST_NAME
 from srde.data.build.contamination import prompt_text
 from srde.data.build.fingerprint import words
-from srde.data.build.finish import REPORT_FILE
 from srde.data.build.settings import BuildSettings
 from srde.data.domains import DOMAINS
 from srde.data.pack import pack_lengths
+from srde.data.packed import DROPPED_FILE, REPORT_FILE
 from srde.data.rows import Row
 from srde.data.view.duplicates import Fingerprints
+from srde.data.view.rates import rates, row_rates, set_rates
 from srde.data.view.reading import batched, each_row, encoded, leaks
 from srde.data.view.shards import open_set, read_shard
 from srde.errors import ArtifactError, DataError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from srde.data.tokenize import Encoded
 
 PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
-BINS = 40
+BINS = 60
 NONE = "(none)"
 """Stands for the domain or source of rows that name none."""
 
@@ -72,7 +73,7 @@ def row_stats(
     lengths: list[int] = []
     trained: list[int] = []
     left_out = Counter[str]()
-    leaking = 0
+    leaking: list[int] = []
     first: DataError | None = None
     fingerprints = Fingerprints()
     for batch in batched(each_row(path)):
@@ -94,7 +95,10 @@ def row_stats(
             for name, known in names.items():
                 places[name].append(known.setdefault(getattr(row, name) or NONE, len(known)))
         fingerprints.add(rows)
-        leaking += sum(leak is not None for leak in leaks(evaluation, rows))
+        first_row = len(lengths) - len(rows)
+        leaking += [
+            place for place, leak in enumerate(leaks(evaluation, rows), start=first_row) if leak is not None
+        ]
     if not lengths:
         raise first or DataError.at(path, None, "file", "holds no row that could be used")
     examples = _Examples(
@@ -102,13 +106,22 @@ def row_stats(
         *(list(known) for known in names.values()),
     )
     exact, near = fingerprints.duplicates()
+    figures = _figures(examples)
+    found_leaks = None if evaluation is None else leaking
     return {
         "path": str(path),
         "kind": "data files",
         "unit": "words" if tokenizer is None else "tokens",
-        **_figures(examples),
-        "duplicates": _rates(len(lengths), exact=len(exact), near=len(near)),
-        "contamination": None if evaluation is None else _rates(len(lengths), contaminated=leaking),
+        **figures,
+        "duplicates": rates(len(lengths), exact=len(exact), near=len(near)),
+        "contamination": None if evaluation is None else rates(len(lengths), contaminated=len(leaking)),
+        "rates": {
+            kind: row_rates(names_of, figures[kind], of_X, exact, near, found_leaks)
+            for kind, names_of, of_X in (
+                ("domains", examples.domains, examples.domain_X),
+                ("sources", examples.sources, examples.source_X),
+            )
+        },
         "left_out": {
             "by_reason": dict(left_out),
             "by_entry": {},
@@ -143,7 +156,8 @@ def set_stats(folder: Path) -> dict[str, Any]:
 
     Returns:
         `path`, `kind`, `unit` of lengths; `total`, `domains` and `sources`, each with rows, tokens, trained tokens, its share of
-        the tokens, lengths and held-out rows; `histograms` by domain; `duplicates`, `contamination`, `left_out` and `packing`.
+        the tokens, lengths and held-out rows; `histograms` by domain and by source; `duplicates` and `contamination` of all;
+        `rates`, which are both by domain and by source; `left_out` and `packing`.
 
     Raises:
         ArtifactError: The set is damaged, or has no rows to train on.
@@ -183,12 +197,17 @@ def set_stats(folder: Path) -> dict[str, Any]:
             entry["held_out"] = known[one]
     figures["total"]["held_out"] = aside.shape[1]
     report = json.loads((built.folder / REPORT_FILE).read_text(encoding="utf-8"))
+    pairs = np.unique(np.concatenate([np.stack(joined[:2]), aside], axis=1), axis=1)
+    domains_of: dict[str, set[str]] = {}
+    for domain, source in pairs.T.tolist():
+        domains_of.setdefault(metadata["sources"][source], set()).add(metadata["domains"][domain])
     return {
         "path": str(folder),
         "kind": "built set",
         "unit": "tokens",
         **figures,
         **_from_report(report),
+        "rates": set_rates(report, built.folder / DROPPED_FILE, domains_of, figures),
         "packing": {name: split for name, split in metadata["splits"].items() if split["rows"]},
     }
 
@@ -204,8 +223,8 @@ def _from_report(report: Mapping[str, Any]) -> dict[str, Any]:
     reasons = sum((Counter(counts) for counts in entries.values()), Counter[str]())
     late = {"exact duplicate": exact, "near duplicate": near, "not needed": usable - exact - near - used}
     return {
-        "duplicates": _rates(usable, exact=exact, near=near),
-        "contamination": _rates(usable + reasons["contaminated"], contaminated=reasons["contaminated"])
+        "duplicates": rates(usable, exact=exact, near=near),
+        "contamination": rates(usable + reasons["contaminated"], contaminated=reasons["contaminated"])
         if report["evaluation"]
         else None,
         "left_out": {
@@ -216,11 +235,6 @@ def _from_report(report: Mapping[str, Any]) -> dict[str, Any]:
             "read": read,
         },
     }
-
-
-def _rates(of: int, **counts: int) -> dict[str, Any]:
-    rates = {f"{name}_rate": round(count / max(of, 1), 6) for name, count in counts.items()}
-    return {"of": of, **counts, **rates}
 
 
 def _figures(examples: _Examples) -> dict[str, Any]:
@@ -239,12 +253,14 @@ def _figures(examples: _Examples) -> dict[str, Any]:
         if chosen.any():
             own = [examples.domains[domain] for domain in np.unique(examples.domain_X[chosen]).tolist()]
             sources[examples.sources[place]] = {**_entry(examples, chosen, total), "domains": own}
-    # A few very long rows would press all others into the first bars.
-    longest, most = int(examples.length_X.max()), int(np.percentile(examples.length_X, 99))
-    end = longest if longest <= 2 * most else most
+    end, longest = _end(examples), int(examples.length_X.max())
     width = max(-(-end // BINS), 1)  # whole numbers, so that every bar stands for as many lengths
     edges = np.arange(0, end + width + 1, width)
     clipped_X = np.minimum(examples.length_X, edges[-1])
+
+    def bars(of_X: np.ndarray, names: Iterable[str], places: Mapping[str, int]) -> dict[str, list[int]]:
+        return {name: np.histogram(clipped_X[of_X == places[name]], edges)[0].tolist() for name in names}
+
     return {
         "total": _entry(examples, np.ones(len(clipped_X), dtype=bool), total),
         "domains": domains,
@@ -252,12 +268,25 @@ def _figures(examples: _Examples) -> dict[str, Any]:
         "histograms": {
             "edges": edges.tolist(),
             "open_end": end < longest,
-            "domains": {
-                name: np.histogram(clipped_X[examples.domain_X == by_name[name]], edges)[0].tolist()
-                for name in domains
-            },
+            "domains": bars(examples.domain_X, domains, by_name),
+            "sources": bars(examples.source_X, sources, {name: n for n, name in enumerate(examples.sources)}),
         },
     }
+
+
+def _end(examples: _Examples) -> int:
+    """Where the histograms end: a few very long rows must not press all others into the first bars.
+
+    A source that has a hundredth of the rows must not lie beyond it, either, only because its rows are long.
+    """
+    ends = [int(np.percentile(examples.length_X, 99))]
+    for length_X in (
+        examples.length_X[examples.source_X == source] for source in np.unique(examples.source_X)
+    ):
+        if 100 * len(length_X) >= len(examples.length_X):
+            ends.append(int(np.percentile(length_X, 95)))
+    longest = int(examples.length_X.max())
+    return longest if longest <= 2 * max(ends) else max(ends)
 
 
 def _entry(examples: _Examples, chosen_X: np.ndarray, total: int) -> dict[str, Any]:

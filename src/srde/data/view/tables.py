@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: its title, the names of its columns, its rows; the first column holds names, the last row may be the total."""
+    """A table: its title, the names of its columns, its rows, sentences below it.
+
+    The first column holds names, the last row may be the total.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     total: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def percent(share: float) -> str:
@@ -64,6 +68,8 @@ def sheets(stats: Mapping[str, Any]) -> Iterator[Sheet]:
             total=True,
         )
     yield Sheet("Duplicates and leaks", ("what", "rows", "of", "rate"), tuple(_findings(stats)))
+    for kind in ("domains", "sources"):
+        yield _by_name(stats, kind)
     out = stats["left_out"]
     if out["by_reason"]:
         yield Sheet(
@@ -116,6 +122,32 @@ def _findings(stats: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         yield "hold an evaluation question", "not compared", "", ""
 
 
+def _by_name(stats: Mapping[str, Any], kind: str) -> Sheet:
+    """The duplicates and leaks of each domain or source; what is not known is an empty cell."""
+    one = kind.removesuffix("s")
+    found = stats["rates"][kind]
+    rows = [_rates(name, entry) for name, entry in found["by_name"].items()]
+    return Sheet(
+        f"Duplicates and leaks, by {one}",
+        (one, "rows", "exact", "rate", "near", "rate", "leaks", "rate"),
+        (*rows, _rates("all", stats)),
+        total=True,
+        notes=tuple(found["notes"]),
+    )
+
+
+def _rates(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    twins, leak = entry["duplicates"], entry["contamination"]
+    cells = [name, f"{twins['of']:,}"]
+    for kind in ("exact", "near"):
+        cells += [f"{twins[kind]:,}", percent(twins[f"{kind}_rate"])]
+    known = leak is not None and leak["contaminated"] is not None
+    return (
+        *cells,
+        *((f"{leak['contaminated']:,}", percent(leak["contaminated_rate"])) if known else ("", "")),
+    )
+
+
 def as_group(stats: Mapping[str, Any]) -> Group:
     """All tables for a terminal of 80 columns."""
     from rich.console import Group
@@ -125,7 +157,7 @@ def as_group(stats: Mapping[str, Any]) -> Group:
     parts: list[Any] = [Text(f"{printable(stats['path'])} ({stats['kind']})", style="bold"), Text()]
     for sheet in sheets(stats):
         table = Table(
-            title=sheet.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+            title=Text(sheet.title, style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0)
         )
         for place, name in enumerate(sheet.columns):
             # Names may be folded, numbers must not be.
@@ -138,5 +170,5 @@ def as_group(stats: Mapping[str, Any]) -> Group:
         for place, row in enumerate(sheet.rows, start=1):
             style = "bold" if sheet.total and place == len(sheet.rows) else ""
             table.add_row(*(Text(printable(cell)) for cell in row), style=style)
-        parts += [table, Text()]
+        parts += [table, *(Text(printable(note), style="dim") for note in sheet.notes), Text()]
     return Group(*parts[:-1])
