@@ -29,13 +29,6 @@ from tiny import tiny_tokenizer
 KILLS = 24
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Many chunks from few rows."""
@@ -54,13 +47,13 @@ def sources(tmp_path, small_chunks):
     }
 
 
-def settings(model, work_dir, given, **changes):
+def settings(tokenizer_folder, work_dir, given, **changes):
     wanted = {"examples_per_domain": 60, "max_length": 768, "num_proc": 2, "validation_fraction": 0.1}
-    return BuildSettings(str(model), str(work_dir), **(wanted | given | changes))
+    return BuildSettings(str(tokenizer_folder), str(work_dir), **(wanted | given | changes))
 
 
-def test_a_set_is_balanced_and_its_parts_fit_together(model, sources, tmp_path):
-    built = build(settings(model, tmp_path / "out", sources))
+def test_a_set_is_balanced_and_its_parts_fit_together(tokenizer_folder, sources, tmp_path):
+    built = build(settings(tokenizer_folder, tmp_path / "out", sources))
     assert built.fresh and verify(built.folder)
     train = read_rows(tmp_path / "out/data.jsonl")
     held_out = read_rows(tmp_path / "out/validation.jsonl")
@@ -83,9 +76,9 @@ def test_a_set_is_balanced_and_its_parts_fit_together(model, sources, tmp_path):
     }
 
 
-def test_the_packed_rows_are_the_rows(model, sources, tmp_path):
+def test_the_packed_rows_are_the_rows(tokenizer_folder, sources, tmp_path):
     datasets = pytest.importorskip("datasets")
-    built = build(settings(model, tmp_path / "out", sources))
+    built = build(settings(tokenizer_folder, tmp_path / "out", sources))
     tokenizer = tiny_tokenizer()
     names = json.loads((built.folder / "MANIFEST.json").read_text())["metadata"]
     wanted = {
@@ -116,12 +109,14 @@ def test_the_packed_rows_are_the_rows(model, sources, tmp_path):
     assert found == wanted
 
 
-def test_the_same_command_gives_the_same_bytes_whatever_the_processes_and_the_place(model, sources, tmp_path):
-    build(settings(model, tmp_path / "one", sources, num_proc=1))
-    build(settings(model, tmp_path / "deeper/two", sources, num_proc=2))
+def test_the_same_command_gives_the_same_bytes_whatever_the_processes_and_the_place(
+    tokenizer_folder, sources, tmp_path
+):
+    build(settings(tokenizer_folder, tmp_path / "one", sources, num_proc=1))
+    build(settings(tokenizer_folder, tmp_path / "deeper/two", sources, num_proc=2))
     assert result(tmp_path / "one") == result(tmp_path / "deeper/two")
-    assert not build(settings(model, tmp_path / "one", sources)).fresh
-    build(settings(model, tmp_path / "three", sources, seed=1))
+    assert not build(settings(tokenizer_folder, tmp_path / "one", sources)).fresh
+    build(settings(tokenizer_folder, tmp_path / "three", sources, seed=1))
     assert result(tmp_path / "one") != result(tmp_path / "three")
 
 
@@ -131,10 +126,12 @@ def _in_a_process(wanted):
 
 
 @pytest.mark.faults
-def test_killed_at_random_points_it_goes_on_to_the_same_bytes(model, sources, tmp_path):
+def test_killed_at_random_points_it_goes_on_to_the_same_bytes(tokenizer_folder, sources, tmp_path):
     fork = multiprocessing.get_context("fork")
     start = time.monotonic()
-    whole = fork.Process(target=_in_a_process, args=(settings(model, tmp_path / "whole", sources),))
+    whole = fork.Process(
+        target=_in_a_process, args=(settings(tokenizer_folder, tmp_path / "whole", sources),)
+    )
     whole.start()
     whole.join()
     seconds = time.monotonic() - start
@@ -145,7 +142,7 @@ def test_killed_at_random_points_it_goes_on_to_the_same_bytes(model, sources, tm
         places += 1
         while True:
             process = fork.Process(
-                target=_in_a_process, args=(settings(model, tmp_path / f"cut{places}", sources),)
+                target=_in_a_process, args=(settings(tokenizer_folder, tmp_path / f"cut{places}", sources),)
             )
             process.start()
             process.join(rng.uniform(0, seconds))
@@ -164,12 +161,12 @@ def test_killed_at_random_points_it_goes_on_to_the_same_bytes(model, sources, tm
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_parts_merge_to_the_same_bytes(model, sources, tmp_path, count):
-    build(settings(model, tmp_path / "whole", sources))
+def test_parts_merge_to_the_same_bytes(tokenizer_folder, sources, tmp_path, count):
+    build(settings(tokenizer_folder, tmp_path / "whole", sources))
     parts = [tmp_path / f"part{index}" for index in range(count)]
     chunks = []
     for index, part in enumerate(parts):
-        built = build(settings(model, part, sources, shard_index=index, num_shards=count))
+        built = build(settings(tokenizer_folder, part, sources, shard_index=index, num_shards=count))
         assert built.folder is None and not (part / "tokenized").exists()
         chunks.append({path.name for path in (part / ".build/rows/rows/all").iterdir()})
     assert set.union(*chunks) == {f"{number:06d}" for number in range(16)}
@@ -180,7 +177,7 @@ def test_parts_merge_to_the_same_bytes(model, sources, tmp_path, count):
     assert result(parts[0]) == result(tmp_path / "whole")
 
 
-def test_a_merge_reads_on_where_a_domain_is_short(model, tmp_path, small_chunks):
+def test_a_merge_reads_on_where_a_domain_is_short(tokenizer_folder, tmp_path, small_chunks):
     """The first estimate needs only a few chunks of the file; nearly all of their rows turn out to be duplicates."""
     made = rows(900, seed=5)
     for place, row in enumerate(made):
@@ -194,70 +191,70 @@ def test_a_merge_reads_on_where_a_domain_is_short(model, tmp_path, small_chunks)
     yaml = tmp_path / "my.yaml"
     yaml.write_text(f"sources:\n  mine:\n    path: {path}\n    domain: math\n")
     wanted = {"sources": [str(yaml)], "examples_per_domain": 30, "validation_fraction": 0.0}
-    built = build(settings(model, tmp_path / "whole", {}, **wanted))
+    built = build(settings(tokenizer_folder, tmp_path / "whole", {}, **wanted))
     assert built.report["domains"]["math"]["train"] == 30
     assert 160 < built.report["entries"]["mine"]["read"] <= 900
     parts = [tmp_path / "a", tmp_path / "b"]
     for index, part in enumerate(parts):
-        build(settings(model, part, {}, **wanted, shard_index=index, num_shards=2))
+        build(settings(tokenizer_folder, part, {}, **wanted, shard_index=index, num_shards=2))
     merge(parts, tmp_path / "merged", num_proc=1)
     assert result(tmp_path / "merged") == result(tmp_path / "whole")
 
 
-def test_wrong_parts_are_refused(model, sources, tmp_path):
+def test_wrong_parts_are_refused(tokenizer_folder, sources, tmp_path):
     parts = [tmp_path / "0", tmp_path / "1"]
-    build(settings(model, parts[0], sources, shard_index=0, num_shards=2))
+    build(settings(tokenizer_folder, parts[0], sources, shard_index=0, num_shards=2))
     with pytest.raises(UsageError, match=r"parts.*holds no finished part of a build"):
         merge(parts, tmp_path / "out")
-    build(settings(model, parts[1], sources, shard_index=1, num_shards=2, seed=7))
+    build(settings(tokenizer_folder, parts[1], sources, shard_index=1, num_shards=2, seed=7))
     with pytest.raises(UsageError, match=r"the build has 2 parts.*add the part with --shard_index 1"):
         merge(parts[:1], tmp_path / "out")
     with pytest.raises(UsageError, match=r"part of another build: settings.seed is 7, and 42 in"):
         merge(parts, tmp_path / "out")
 
 
-def test_another_command_in_the_same_folder_is_refused(model, sources, tmp_path):
-    build(settings(model, tmp_path / "out", sources))
+def test_another_command_in_the_same_folder_is_refused(tokenizer_folder, sources, tmp_path):
+    build(settings(tokenizer_folder, tmp_path / "out", sources))
     before = result(tmp_path / "out")
     with pytest.raises(UsageError, match=r"another settings.max_length: 768 there, 128 now"):
-        build(settings(model, tmp_path / "out", sources, max_length=128))
+        build(settings(tokenizer_folder, tmp_path / "out", sources, max_length=128))
     write_rows(Path(sources["sources"][0]), rows(10))
     with pytest.raises(UsageError, match=r"another train.rows.files_read.*bytes"):
-        build(settings(model, tmp_path / "out", sources))
+        build(settings(tokenizer_folder, tmp_path / "out", sources))
     assert result(tmp_path / "out") == before
 
 
 @pytest.mark.faults
-def test_a_damaged_result_is_made_again(model, sources, tmp_path):
-    build(settings(model, tmp_path / "out", sources))
+def test_a_damaged_result_is_made_again(tokenizer_folder, sources, tmp_path):
+    build(settings(tokenizer_folder, tmp_path / "out", sources))
     before = result(tmp_path / "out")
     for name in ("data.jsonl", "tokenized/train/data-00000-of-00001.arrow"):
         content = bytearray(before[name])
         content[len(content) // 2] ^= 1
         (tmp_path / "out" / name).write_bytes(content)
-        assert build(settings(model, tmp_path / "out", sources)).fresh
+        assert build(settings(tokenizer_folder, tmp_path / "out", sources)).fresh
         assert result(tmp_path / "out") == before
 
 
 @pytest.mark.faults
-def test_a_damaged_chunk_is_made_again(model, sources, tmp_path):
+def test_a_damaged_chunk_is_made_again(tokenizer_folder, sources, tmp_path):
     part = tmp_path / "part"
-    build(settings(model, part, sources, shard_index=0, num_shards=2))
-    build(settings(model, tmp_path / "b", sources, shard_index=1, num_shards=2))
-    build(settings(model, tmp_path / "whole", sources))
+    build(settings(tokenizer_folder, part, sources, shard_index=0, num_shards=2))
+    build(settings(tokenizer_folder, tmp_path / "b", sources, shard_index=1, num_shards=2))
+    build(settings(tokenizer_folder, tmp_path / "whole", sources))
     chunk = next(path for path in sorted((part / ".build/rows").rglob("rows.arrow")))
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
     chunk.write_bytes(content)
     with pytest.raises(Exception, match=r"rows\.arrow.*sha256"):
         merge([part, tmp_path / "b"], tmp_path / "out")
-    build(settings(model, part, sources, shard_index=0, num_shards=2))
+    build(settings(tokenizer_folder, part, sources, shard_index=0, num_shards=2))
     merge([part, tmp_path / "b"], tmp_path / "out")
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
 @pytest.mark.faults
-def test_two_builds_in_one_folder(model, sources, tmp_path):
+def test_two_builds_in_one_folder(tokenizer_folder, sources, tmp_path):
     from srde.data.build import stage
 
     held = stage.Stage(tmp_path / "out")
@@ -265,11 +262,11 @@ def test_two_builds_in_one_folder(model, sources, tmp_path):
         held.lock(),
         pytest.raises(UsageError, match=rf"another build is at work there \(process {os.getpid()} on "),
     ):
-        build(settings(model, tmp_path / "out", sources))
-    assert build(settings(model, tmp_path / "out", sources)).fresh
+        build(settings(tokenizer_folder, tmp_path / "out", sources))
+    assert build(settings(tokenizer_folder, tmp_path / "out", sources)).fresh
 
 
-def test_domains_licences_and_bad_rows(model, tmp_path, small_chunks):
+def test_domains_licences_and_bad_rows(tokenizer_folder, tmp_path, small_chunks):
     made = rows(120, seed=3)
     path = write_rows(tmp_path / "in.jsonl", made)
     path.write_text(
@@ -277,10 +274,10 @@ def test_domains_licences_and_bad_rows(model, tmp_path, small_chunks):
     )
     wanted = {"sources": [str(path)], "num_proc": 1, "max_length": 1024}
     with pytest.raises(DataError, match=r"in\.jsonl:121: response: is missing"):
-        build(settings(model, tmp_path / "out", {}, **wanted))
+        build(settings(tokenizer_folder, tmp_path / "out", {}, **wanted))
     built = build(
         settings(
-            model,
+            tokenizer_folder,
             tmp_path / "out2",
             {},
             **wanted,
@@ -301,15 +298,15 @@ def test_domains_licences_and_bad_rows(model, tmp_path, small_chunks):
     )
 
 
-def test_a_test_set_given_to_train_on_is_refused(model, sources, tmp_path):
+def test_a_test_set_given_to_train_on_is_refused(tokenizer_folder, sources, tmp_path):
     both = {"sources": sources["sources"] + sources["eval_sources"], "eval_sources": sources["eval_sources"]}
     with pytest.raises(
         DataError, match=r"test\.jsonl: file: is given to train on and, as test, to evaluate on"
     ):
-        build(settings(model, tmp_path / "out", both))
+        build(settings(tokenizer_folder, tmp_path / "out", both))
 
 
-def test_questions_on_one_document_stay_on_one_side(model, tmp_path, small_chunks):
+def test_questions_on_one_document_stay_on_one_side(tokenizer_folder, tmp_path, small_chunks):
     made = []
     for document in range(60):
         passage = rows(1, seed=100 + document, low=60, high=80)[0]["prompt"]
@@ -319,7 +316,7 @@ def test_questions_on_one_document_stay_on_one_side(model, tmp_path, small_chunk
     path = write_rows(tmp_path / "in.jsonl", made)
     built = build(
         settings(
-            model,
+            tokenizer_folder,
             tmp_path / "out",
             {},
             sources=[str(path)],
@@ -337,11 +334,17 @@ def test_questions_on_one_document_stay_on_one_side(model, tmp_path, small_chunk
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
-def test_the_command_line(model, sources, tmp_path, capfd):
+def test_the_command_line(tokenizer_folder, sources, tmp_path, capfd):
     flags = [
-        "--model_name", str(model), "--work_dir", str(tmp_path / "out"), "--examples_per_domain", "20", "--max_length", "768",
-        "--sources", *sources["sources"], "--eval_sources", *sources["eval_sources"], "--domains", "math,logic", "--seed", "3",
-    ]  # fmt: skip
+        "--model_name",
+        str(tokenizer_folder),
+        "--work_dir",
+        str(tmp_path / "out"),
+        "--max_length",
+        "768",
+    ]
+    flags += ["--sources", *sources["sources"], "--eval_sources", *sources["eval_sources"]]
+    flags += ["--examples_per_domain", "20", "--domains", "math,logic", "--seed", "3"]
     assert main(["data", "build", *flags]) == 0
     out = capfd.readouterr().out
     assert "math" in out and "near duplicate" in out and "% full" in out.replace("\n", " ")
@@ -376,11 +379,11 @@ def test_settings_that_break_a_rule(changes, message):
         BuildSettings("m", "w", **changes)
 
 
-def test_many_shards_of_packed_rows(model, sources, tmp_path, monkeypatch):
+def test_many_shards_of_packed_rows(tokenizer_folder, sources, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    build(settings(model, tmp_path / "one", sources))
+    build(settings(tokenizer_folder, tmp_path / "one", sources))
     monkeypatch.setattr("srde.data.build.write.SHARD_ROWS", 7)
-    build(settings(model, tmp_path / "many", sources))
+    build(settings(tokenizer_folder, tmp_path / "many", sources))
     one, many = (
         datasets.load_from_disk(str(tmp_path / name / "tokenized/train")) for name in ("one", "many")
     )

@@ -17,33 +17,11 @@ from srde.cli import main
 from srde.data.build import finish, plan, workers
 from srde.data.build.build import build, merge
 from srde.data.build.fingerprint import NGrams, hash_words
-from srde.data.build.settings import BuildSettings
 from srde.data.loader import PackedDataset, RowOrder
 from srde.data.rows import read_rows
 from srde.data.sources import files
 from srde.errors import ConfigError, UsageError
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def make(model, tmp_path):
-    """Settings for a build of 120 rows in a folder of the test's."""
-    source = write_rows(tmp_path / "in" / "rows.jsonl", rows(120, seed=1))
-
-    def make(name, **changes):
-        wanted = {"sources": [str(source)], "max_length": 768, "num_proc": 1, "examples_per_domain": 10}
-        return BuildSettings(
-            str(model), str(name if Path(name).is_absolute() else tmp_path / name), **wanted | changes
-        )
-
-    return make
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "README.md", "tokenized"])
@@ -202,12 +180,12 @@ def _die(*_):
     os.kill(os.getpid(), 9)
 
 
-def test_names_that_look_like_markup(make, tmp_path, capfd, model):
+def test_names_that_look_like_markup(make, tmp_path, capfd, tokenizer_folder):
     made = [{**row, "domain": "[/b]", "source": "[red]x"} for row in rows(40, seed=3)]
     path = write_rows(tmp_path / "rows.jsonl", made)
     flags = [
         "--model_name",
-        str(model),
+        str(tokenizer_folder),
         "--sources",
         str(path),
         "--max_length",
@@ -274,7 +252,7 @@ def test_indentation_and_line_ends(make, tmp_path):
     assert found == {f"    return {word}" for word in ("apple", "stone", "river")}
 
 
-def test_other_ids_for_the_same_vocabulary_are_another_tokenizer(make, model, tmp_path):
+def test_other_ids_for_the_same_vocabulary_are_another_tokenizer(make, tokenizer_folder, tmp_path):
     build(make("out", shard_index=0, num_shards=2))
     other = tiny_tokenizer()
     other.eos_token = "<|endoftext|>"

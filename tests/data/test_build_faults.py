@@ -13,30 +13,7 @@ from data_sets import result, rows, write_rows
 from srde.cli import main
 from srde.data.build import write
 from srde.data.build.build import build, merge
-from srde.data.build.settings import BuildSettings
 from srde.errors import ArtifactError, ConfigError, DataError, SrdeError, UsageError
-from tiny import tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def make(model, tmp_path):
-    """Settings for a build of 120 rows in a folder of the test's."""
-    source = write_rows(tmp_path / "in" / "rows.jsonl", rows(120, seed=1))
-
-    def make(name, **changes):
-        wanted = {"sources": [str(source)], "max_length": 768, "num_proc": 1, "examples_per_domain": 10}
-        return BuildSettings(
-            str(model), str(name if Path(name).is_absolute() else tmp_path / name), **wanted | changes
-        )
-
-    return make
 
 
 @pytest.mark.faults
@@ -145,7 +122,7 @@ def test_the_result_tells_nothing_of_the_machine(make, tmp_path, monkeypatch):
             assert secret not in content, (name, secret)
 
 
-def test_sources_of_every_kind_together(model, tmp_path, capfd):
+def test_sources_of_every_kind_together(tokenizer_folder, tmp_path, capfd):
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
@@ -198,7 +175,7 @@ sources:
     )
     flags = [
         "--model_name",
-        str(model),
+        str(tokenizer_folder),
         "--work_dir",
         str(tmp_path / "out"),
         "--max_length",

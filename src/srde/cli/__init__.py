@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 
 from srde.errors import SrdeError
 
@@ -24,19 +25,28 @@ VERBS = {
 """Verb -> what it does. The module `srde.cli.<verb>` has `main(argv) -> int`; `eval` and friends import their back ends."""
 
 
-def usage() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+def usage(prog: str, verbs: Mapping[str, str], options: str = "") -> str:
+    """The help text of a group of verbs."""
+    width = max(map(len, verbs))
+    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in verbs.items())
     return (
-        f"usage: srde [--version] <verb> [options]\n\n{verbs}\n\nsrde <verb> --help shows a verb's options."
+        f"usage: {prog} {options}<verb> [options]\n\n{lines}\n\n{prog} <verb> --help shows a verb's options."
     )
+
+
+def no_such(prog: str, verb: str, verbs: Mapping[str, str], help_text: str) -> int:
+    """Says that a group has no such verb, and which is the nearest; returns the exit status."""
+    close = difflib.get_close_matches(verb, verbs, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    print(f"{prog}: there is no verb {verb!r}.{hint}\n\n{help_text}", file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; `argv` without the program's name."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        print(usage("srde", VERBS, "[--version] "))
         return 0 if argv else 2
     if argv[0] == "--version":
         from srde import __version__
@@ -45,10 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     verb = argv[0]
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        print(f"srde: there is no verb {verb!r}.{hint}\n\n{usage()}", file=sys.stderr)
-        return 2
+        return no_such("srde", verb, VERBS, usage("srde", VERBS, "[--version] "))
     # PEFT 0.21 asks by a name that Transformers 5.23 has renamed: nothing that a user could mend
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import sys
+
+from srde.cli import no_such, usage
 
 VERBS = {
     "build": "rows from hub, files and generators to a packed set: cleaned, deduplicated, decontaminated, balanced",
@@ -16,21 +16,11 @@ VERBS = {
 }
 
 
-def usage() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
-    return f"usage: srde data <verb> [options]\n\n{verbs}\n\nsrde data <verb> --help shows a verb's options."
-
-
 def main(argv: list[str]) -> int:
     """Runs one verb of `srde data`."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        print(usage("srde data", VERBS))
         return 0 if argv else 2
-    verb = argv[0]
-    if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        print(f"srde data: there is no verb {verb!r}.{hint}\n\n{usage()}", file=sys.stderr)
-        return 2
-    return importlib.import_module(f"srde.cli.data.{verb}").main(argv[1:])
+    if argv[0] not in VERBS:
+        return no_such("srde data", argv[0], VERBS, usage("srde data", VERBS))
+    return importlib.import_module(f"srde.cli.data.{argv[0]}").main(argv[1:])

@@ -47,11 +47,7 @@ def build(settings: BuildSettings, console: Console | None = None) -> Built:
             plan = make_plan(settings, tokenizer, stage.place("unpacked"), begun)
         keep_plan(plan, stage.own)
         save_state(plan, stage.own)
-        if done := _standing(work_dir):
-            stage.clear()  # killed between the last rename and this, a build leaves its chunks
-            console.print(f"{done.folder} is complete already", soft_wrap=True)
-            return done
-        return Steps(plan, stage, tokenizer, console).run()
+        return _go_on(Steps(plan, stage, tokenizer, console))
 
 
 def merge(
@@ -86,11 +82,16 @@ def merge(
     with stage.lock():
         _sweep(stage, console)
         keep_plan(plan, stage.own)
-        if done := _standing(work_dir):
-            stage.clear()  # killed between the last rename and this, a build leaves its chunks
-            console.print(f"{done.folder} is complete already", soft_wrap=True)
-            return done
-        return Steps(plan, stage, None, console).run()
+        return _go_on(Steps(plan, stage, None, console))
+
+
+def _go_on(steps: Steps) -> Built:
+    """What is there, if it is complete; else all that is left to do."""
+    if done := _standing(steps.stage.work_dir):
+        steps.stage.clear()  # killed between the last rename and this, a build leaves its chunks
+        steps.console.print(f"{done.folder} is complete already", soft_wrap=True)
+        return done
+    return steps.run()
 
 
 def _make_folder(work_dir: Path) -> None:
