@@ -94,9 +94,10 @@ def select(
                     source_names[place]: int(counts[place]) for place in np.flatnonzero(counts)
                 }
             quotas = fair_shares(counts, count)
-            for source in np.flatnonzero(quotas):
-                own = rows[of_source == source]
-                part.append(own[np.argsort(order[own], kind="stable")[: quotas[source]]])
+            by_source = np.lexsort((order[rows], of_source))
+            rows, of_source = rows[by_source], of_source[by_source]
+            rank = np.arange(len(rows)) - (np.cumsum(counts) - counts)[of_source]
+            part.append(rows[rank < quotas[of_source]])
     return Selection(
         _shuffled(train, order),
         _shuffled(validation, order),
