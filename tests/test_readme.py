@@ -89,6 +89,7 @@ def test_the_front_page_of_the_docs_shows_the_same_commands():
     assert ours in blocks("docs/index.md", "bash")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_training_guide_run_as_written(home):
     commands = [b for b in blocks("docs/guides/training.md", "bash") if b.startswith("srde train")]
     assert len(commands) == 2 and "--supervised_experts" in commands[1]

@@ -146,6 +146,7 @@ def test_a_network_that_goes_ends_in_an_error_and_loses_nothing(hub, run, whole,
     assert result(tmp_path / "cut") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_once_fetched_a_build_needs_no_network(hub, run, whole, tmp_path):
     part = run(tmp_path / "part", "--sources", SOME, "--shard_index", "0", "--num_shards", "2")

@@ -278,7 +278,7 @@ def test_unsafe_names(hub: StandInHub, name: str):
         ("refuse", "RemoteProtocolError"),
         ("drop", "RemoteProtocolError"),
         ("503", "HfHubHTTPError"),
-        ("hang", "ReadTimeout"),
+        pytest.param("hang", "ReadTimeout", marks=pytest.mark.slow),  # waits for six time-outs
     ],
 )
 def test_faults_in_a_download(hub: StandInHub, client: Client, how: Any, expected: str):
