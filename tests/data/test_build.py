@@ -118,6 +118,11 @@ def test_the_same_command_gives_the_same_bytes_whatever_the_processes_and_the_pl
     assert not build(settings(tokenizer_folder, tmp_path / "one", sources)).fresh
     build(settings(tokenizer_folder, tmp_path / "three", sources, seed=1))
     assert result(tmp_path / "one") != result(tmp_path / "three")
+    # `datasets` caches by this: other data must not have the same.
+    states = [
+        json.loads((tmp_path / name / "tokenized/train/state.json").read_text()) for name in ("one", "three")
+    ]
+    assert states[0]["_fingerprint"] != states[1]["_fingerprint"]
 
 
 def _in_a_process(wanted):

@@ -20,7 +20,6 @@ from srde.data.build.settings import BuildSettings
 from srde.data.view.check import check_rows, check_set
 from srde.data.view.reading import evaluation_index
 from srde.data.view.shards import PER_TOKEN
-from tiny import tiny_tokenizer
 
 GOOD = {"prompt": "how many are there", "response": "the answer is 7", "domain": "math", "id": "a"}
 QUESTION = "what is the answer to the question of how many there are in the system now"
@@ -31,14 +30,7 @@ def line(**fields: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("made")
     rows = [
         {"prompt": f"what is {i} and {7 * i}", "response": f"{8 * i} yes", "domain": ("math", "logic")[i % 2], "answer": i}
@@ -46,8 +38,13 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     (work / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = BuildSettings(
-        str(model), str(work / "out"), sources=[str(work / "rows.jsonl")], max_length=96, num_proc=1, validation_fraction=0.1
-    )  # fmt: skip
+        str(tokenizer_folder),
+        str(work / "out"),
+        sources=[str(work / "rows.jsonl")],
+        max_length=96,
+        num_proc=1,
+        validation_fraction=0.1,
+    )
     build(settings)
     return work / "out"
 
@@ -333,9 +330,11 @@ def test_damaged_bytes_never_end_in_a_traceback(work, jsonl, chat_tokenizer):
         file.write_bytes(whole)
 
 
-def test_the_verb(capsys, jsonl, made, model):
+def test_the_verb(capsys, jsonl, made, tokenizer_folder):
     path = jsonl(line(), line(id="b", domain=None, response="no"), "{")
-    assert main(["data", "check", str(path), "--model_name", str(model), "--max_length", "60"]) == 1
+    assert (
+        main(["data", "check", str(path), "--model_name", str(tokenizer_folder), "--max_length", "60"]) == 1
+    )
     out, err = capsys.readouterr()
     assert [one.split(": ")[1] for one in out.splitlines()] == ["domain", "row"] and err.endswith(
         "2 defects\n"

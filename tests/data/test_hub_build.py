@@ -16,7 +16,6 @@ from srde.data.domains import DOMAINS
 from srde.data.rows import read_rows
 from srde.data.sources.registry import registered
 from standin_hub import StandInHub
-from tiny import tiny_tokenizer
 
 TOKEN = "hf_" + "n0taT0ken" * 4
 SOME = "gsm8k,sciq,logiqa,scrolls_qasper,humaneval"  # plain, shuffled options, a converted branch, an archive, evaluation only
@@ -33,14 +32,7 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(hub, model, tmp_path_factory):
+def run(hub, tokenizer_folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
 
     def run(work_dir, *flags, hub=hub, **environment):
@@ -48,7 +40,7 @@ def run(hub, model, tmp_path_factory):
             "data",
             "build",
             "--model_name",
-            str(model),
+            str(tokenizer_folder),
             "--work_dir",
             str(work_dir),
             "--examples_per_domain",
@@ -188,10 +180,10 @@ def test_a_source_that_changed_its_columns_or_is_gone(hub, run, tmp_path):
 
 @pytest.mark.security
 @pytest.mark.parametrize("name", ["me", "../me/x", "me/x/y", "me/.."])
-def test_names_that_are_none_are_refused_before_the_work(model, tmp_path, capfd, name):
+def test_names_that_are_none_are_refused_before_the_work(tokenizer_folder, tmp_path, capfd, name):
     flags = [
         "--model_name",
-        str(model),
+        str(tokenizer_folder),
         "--work_dir",
         str(tmp_path / "out"),
         "--sources",

@@ -36,14 +36,7 @@ def write(path: Path, *lines: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("built")
     rows = [
         {"prompt": f"what is {i} 🎉", "response": f"{8 * i}", "domain": ("math", "logic")[i % 2], "answer": i}
@@ -52,7 +45,7 @@ def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write(work / "rows.jsonl", *rows)
     build(
         BuildSettings(
-            str(model),
+            str(tokenizer_folder),
             str(work / "out"),
             sources=[str(source)],
             max_length=128,
@@ -248,7 +241,7 @@ def test_the_page_marks_what_is_trained(tmp_path, chat_tokenizer):
     assert "<title>Rows</title>" in html and "http" not in html
 
 
-def test_the_verb(capsys, tmp_path, model, built):
+def test_the_verb(capsys, tmp_path, tokenizer_folder, built):
     path = write(tmp_path / "rows.jsonl", *ROWS)
     page = tmp_path / "page.html"
     assert (
@@ -262,7 +255,7 @@ def test_the_verb(capsys, tmp_path, model, built):
                 "--count",
                 "2",
                 "--model_name",
-                str(model),
+                str(tokenizer_folder),
                 "--html",
                 str(page),
             ]
@@ -271,12 +264,12 @@ def test_the_verb(capsys, tmp_path, model, built):
     )
     out = capsys.readouterr().out
     assert out.count("tokens, ") == 2 and f"{OPEN}ja 🎈" in out and "<mark>ja" in page.read_text()
-    assert main(["data", "preview", str(built), "--model_name", str(model)]) == 0
+    assert main(["data", "preview", str(built), "--model_name", str(tokenizer_folder)]) == 0
     assert "example 1 of" in capsys.readouterr().out
 
 
-def test_a_set_names_its_model_where_it_can_be_loaded(capsys, built, model, monkeypatch):
-    monkeypatch.chdir(model.parent)
+def test_a_set_names_its_model_where_it_can_be_loaded(capsys, built, tokenizer_folder, monkeypatch):
+    monkeypatch.chdir(tokenizer_folder.parent)
     assert main(["data", "preview", str(built)]) == 0
     monkeypatch.chdir(built)
     assert main(["data", "preview", str(built)]) == 1
@@ -297,10 +290,10 @@ def test_wrong_flags(capsys, tmp_path, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_nothing_in_the_data_is_markup(capsys, tmp_path, model):
+def test_nothing_in_the_data_is_markup(capsys, tmp_path, tokenizer_folder):
     marked = {"prompt": "[bold]a[/bold] [/b] :smile:", "response": "[red]b", "domain": "[/i] :smile:"}
     path = write(tmp_path / "rows.jsonl", marked)
-    assert main(["data", "preview", str(path), "--model_name", str(model)]) == 0
+    assert main(["data", "preview", str(path), "--model_name", str(tokenizer_folder)]) == 0
     out = capsys.readouterr().out
     assert all(text in out for text in marked.values())
 
@@ -313,11 +306,20 @@ def test_help_says_what_the_verb_does(capsys, verb):
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_a_terminal_gets_colours_unless_asked_not_to(tmp_path, model, no_color):
+def test_a_terminal_gets_colours_unless_asked_not_to(tmp_path, tokenizer_folder, no_color):
     path = write(tmp_path / "rows.jsonl", *ROWS)
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": no_color}
-    command = [sys.executable, "-m", "srde", "data", "preview", str(path), "--model_name", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "srde",
+        "data",
+        "preview",
+        str(path),
+        "--model_name",
+        str(tokenizer_folder),
+    ]
     with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, env=environment) as process:
         os.close(theirs)
         out = b""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from srde.artifacts.disk import flush, means_disk_full
 from srde.artifacts.folder import disk_full
@@ -27,11 +28,6 @@ _FEATURES = {
 _BLOCK = 20_000  # rows of JSONL gathered at once
 
 Advance = Callable[[int], None]
-
-
-def pack_rows(lengths: np.ndarray, max_length: int) -> list[list[int]]:
-    """The places of each packed row's examples; see `pack_lengths`."""
-    return pack_lengths(lengths.tolist(), max_length=max_length)
 
 
 def write_split(
@@ -58,7 +54,7 @@ def write_split(
         Counts: packed rows, examples, tokens, trained tokens, and the share of the rows' length that is filled.
     """
     folder.mkdir()
-    packed = pack_rows(chunks.lengths()[rows], max_length)
+    packed = pack_lengths(chunks.lengths()[rows].tolist(), max_length=max_length)
     prompts = chunks.numbers("prompt_length")
     count = max(-(-len(packed) // SHARD_ROWS), 1)
     schema = pa.schema(
@@ -66,12 +62,17 @@ def write_split(
         metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
     )
     files, tokens, trained = [], 0, 0
+    fingerprint = (
+        xxhash.xxh3_64()
+    )  # of the content: `datasets` takes equal ones for the same data and reuses what it has cached
     for shard in range(count):
         own = packed[shard * SHARD_ROWS : (shard + 1) * SHARD_ROWS]
         chosen = rows[np.array([place for row in own for place in row], dtype=np.int64)]
         sizes = np.array([len(row) for row in own], dtype=np.int64)
         table, used = _table(schema, chunks, chosen, sizes, prompts[chosen], domains[chosen], sources[chosen])
         tokens, trained = tokens + table[1], trained + used
+        for column in (table[0]["input_ids"], table[0]["lengths"]):
+            fingerprint.update(column.chunk(0).values.to_numpy())
         file = folder / f"data-{shard:05d}-of-{count:05d}.arrow"
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in table[0].to_batches(max_chunksize=256):
@@ -80,9 +81,14 @@ def write_split(
         advance(len(chosen))
     _write_json(folder / "dataset_info.json", {"features": _FEATURES})
     state = {
-        "_data_files": files, "_fingerprint": "0" * 16, "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
-        "_output_all_columns": False, "_split": folder.name,
-    }  # fmt: skip
+        "_data_files": files,
+        "_fingerprint": fingerprint.hexdigest(),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
     _write_json(folder / "state.json", state)
     return {
         "rows": len(packed),
