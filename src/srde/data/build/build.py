@@ -43,8 +43,7 @@ def build(settings: BuildSettings, console: Console | None = None) -> Built:
         tokenizer = load_tokenizer(settings.model_name)
         # What the plan of a build that goes on has fixed (commits, a template's date) stays as it was.
         begun = read_plan(stage.own / PLAN_FILE) if (stage.own / PLAN_FILE).exists() else None
-        with console.status("looking at the sources"):
-            plan = make_plan(settings, tokenizer, stage.place("unpacked"), begun)
+        plan = make_plan(settings, tokenizer, stage.place("unpacked"), begun, console)
         keep_plan(plan, stage.own)
         save_state(plan, stage.own)
         return _go_on(Steps(plan, stage, tokenizer, console))

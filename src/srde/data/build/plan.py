@@ -6,13 +6,15 @@ The plan lies in the work folder. A build that finds one there goes on with it, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from srde.data.build.settings import BuildSettings
 from srde.data.build.write import write_text
@@ -24,6 +26,7 @@ from srde.data.sources.hub import resolve_revision
 from srde.data.sources.registry import Source, as_evaluation, choose_sources, registered
 from srde.data.tokenizers import tokenizer_fingerprints
 from srde.errors import ConfigError, DataError, UsageError
+from srde.progress import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,6 +123,7 @@ def make_plan(
     tokenizer: PreTrainedTokenizerBase,
     scratch: Path,
     begun: Mapping[str, Any] | None = None,
+    console: Console | None = None,
 ) -> Plan:
     """Looks at every source: reads local files once, asks the hub for its commits.
 
@@ -128,6 +132,7 @@ def make_plan(
         tokenizer: The model's.
         scratch: Folder for the unpacked form of files.
         begun: The identity of the plan that is gone on with: its commits and its date are kept.
+        console: Where progress is shown; nowhere if not given.
 
     Raises:
         ConfigError: The sources are named wrongly, or none of them has rows to train on.
@@ -177,7 +182,16 @@ def make_plan(
         found = seen[source.name]
         return Planned(source, found.commit, found.files, found.spans)
 
-    parts = [planned(one) for one in train], [planned(one) for one in evaluation]
+    with bar(
+        console or Console(quiet=True), "looking at the sources", len(train) + len(evaluation)
+    ) as advance:
+
+        def looked_at(sources: list[Source]) -> Iterator[Planned]:
+            for one in sources:
+                yield planned(one)
+                advance(1)
+
+        parts = list(looked_at(train)), list(looked_at(evaluation))
     _refuse_shared_files(*parts)
     identity = {
         "format": FORMAT,

@@ -5,7 +5,7 @@ Everything here is decided by the rows' fingerprints and the settings, never by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,9 +49,15 @@ class Selection:
 
 
 def select(
-    chunks: Chunks, *, per_domain: int, validation_fraction: float, threshold: float, seed: int
+    chunks: Chunks,
+    *,
+    per_domain: int,
+    validation_fraction: float,
+    threshold: float,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Selection:
-    """Chooses the rows; arguments as in `BuildSettings`.
+    """Chooses the rows; arguments as in `BuildSettings`. `advance` is told of each of the `BANDS` that are compared.
 
     Raises:
         DataError: There are too many domains.
@@ -74,7 +80,7 @@ def select(
     exact = exact_duplicates(texts)
     alive = np.ones(len(chunks), dtype=bool)
     alive[list(exact)] = False
-    near = near_duplicates(chunks, alive, answers, threshold) if threshold <= 1 else {}
+    near = near_duplicates(chunks, alive, answers, threshold, advance) if threshold <= 1 else {}
     alive[list(near)] = False
 
     # A hash of the text orders the rows: a shuffle that no other row can change.
@@ -135,7 +141,11 @@ def exact_duplicates(texts: np.ndarray) -> dict[int, int]:
 
 
 def near_duplicates(
-    chunks: Chunks, alive: np.ndarray, answers: np.ndarray, threshold: float
+    chunks: Chunks,
+    alive: np.ndarray,
+    answers: np.ndarray,
+    threshold: float,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[int, int]:
     """Rows that nearly repeat an earlier one with the same answer, each with that one.
 
@@ -153,6 +163,7 @@ def near_duplicates(
     gone = np.zeros(len(chunks), dtype=bool)
     compared = np.zeros(0, dtype=np.int64)
     for band in range(bands.shape[1]):
+        advance(1)
         keys = _mixed(bands[rows, band], band) ^ answers[rows]  # rows with other answers are in other buckets
         sort = np.argsort(keys, kind="stable")
         ordered, keys = rows[sort], keys[sort]

@@ -15,6 +15,7 @@ from rich.console import Console
 from srde.artifacts import atomic_folder, read_manifest
 from srde.data.build.chunks import Chunks
 from srde.data.build.contamination import EvaluationIndex, merge_passages
+from srde.data.build.fingerprint import BANDS
 from srde.data.build.finish import finish
 from srde.data.build.plan import Plan, Planned
 from srde.data.build.select import Selection, select, shortages
@@ -28,7 +29,7 @@ from srde.data.sources import files as chunked
 from srde.data.sources.files import Span
 from srde.data.tokenizers import load_tokenizer
 from srde.errors import ArtifactError, DataError
-from srde.progress import bar
+from srde.progress import Advance, bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,10 +97,10 @@ class Steps:
                     self._make_rows(pool, wanted)
             if self.settings.num_shards > 1:
                 return self._close_shard()
-            with self.console.status("choosing rows: duplicates, balance, held-out documents"):
+            with bar(self.console, "choosing rows: duplicates", BANDS) as advance:
                 folders = [folder for planned in self.plan.train for folder in self._folders(planned, wanted)]
                 chunks = Chunks(folders)
-                selection = self._select(chunks)
+                selection = self._select(chunks, advance)
             more = self._more(wanted, selection)
             if more == wanted:
                 break
@@ -120,13 +121,14 @@ class Steps:
             )
         return Built(self.stage.work_dir / OUTPUT, report)
 
-    def _select(self, chunks: Chunks) -> Selection:
+    def _select(self, chunks: Chunks, advance: Advance) -> Selection:
         return select(
             chunks,
             per_domain=self.settings.examples_per_domain,
             validation_fraction=self.settings.validation_fraction,
             threshold=self.settings.near_duplicate_threshold,
             seed=self.settings.seed,
+            advance=advance,
         )
 
     def _mine(self, number: int, planned: Planned) -> bool:
