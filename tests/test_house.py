@@ -31,8 +31,9 @@ FLOORS = [
     {"artifacts"},
     {"data"},
     {"tuner"},
+    {"monitor"},
     {"train", "infer", "trace"},
-    {"eval", "rl", "speculate", "monitor", "hub", "plan"},
+    {"eval", "rl", "speculate", "hub", "plan"},
     {"quickstart"},
     {"cli"},
 ]

@@ -5,7 +5,9 @@
     ├── UnsupportedModelError  (also ValueError)    no MLP of this model can carry experts
     ├── DataError              (also ValueError)    a data file or a row breaks its rule
     ├── ArtifactError          (also RuntimeError)  a saved folder is incomplete, altered or for another base
-    └── UsageError             (also RuntimeError)  a call that cannot mean anything in this state
+    ├── UsageError             (also RuntimeError)  a call that cannot mean anything in this state
+    ├── TrainingError          (also RuntimeError)  a run that cannot go on: numbers that are not finite, no memory left
+    └── StoppedError           (also RuntimeError)  a run that was asked to stop, and did, with its state saved
 
 A message names the thing, its value, the rule it breaks and what to do about it. The headings of
 `docs/troubleshooting.md` are these messages; a test holds the two together.
@@ -64,6 +66,14 @@ class ArtifactError(SrdeError, RuntimeError):
 
 class UsageError(SrdeError, RuntimeError):
     """A call that cannot mean anything in the present state."""
+
+
+class TrainingError(SrdeError, RuntimeError):
+    """A run cannot go on: its numbers are not finite any more, or the memory does not suffice."""
+
+
+class StoppedError(SrdeError, RuntimeError):
+    """A run was stopped from outside; what it had is saved, and the same command goes on from there."""
 
 
 def refuse_unknown(verb: str, unknown: Sequence[str], flags: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ from transformers import Trainer, TrainingArguments
 from srde import SrdeConfig
 from srde.core import load_balancing_loss, orthogonality_loss, router_z_loss, sparsity_loss
 from srde.errors import UsageError
-from srde.train.losses import NAMES, SrdeLossMixin, Supervision, keep_float32
+from srde.train.losses import NAMES, SrdeLossMixin, keep_float32
+from srde.train.supervision import Supervision
 from srde.train.trainer import SrdeTrainer
 from tiny import VOCABULARY, tiny, tiny_tokenizer
 

@@ -1,6 +1,7 @@
 """The command line: one small file per verb, imported only when its verb is called.
 
-Exit status: 0 done; 1 an error that srde explains; 2 a wrong command line; 130 interrupted.
+Exit status: 0 done; 1 an error that srde explains; 2 a wrong command line; 75 stopped with its state saved (`srde train` after
+SIGTERM or Ctrl-C: the same command goes on); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import sys
 import warnings
 from collections.abc import Mapping
 
-from srde.errors import SrdeError
+from srde.errors import SrdeError, StoppedError
+
+STOPPED = 75  # EX_TEMPFAIL
 
 VERBS = {
     "quickstart": "train six experts on a small model, compare them with the base, ask them one question each",
     "data": "build data sets of six domains, check them, look at them",
     "train": "train experts on a frozen model",
+    "monitor": "watch a run: progress, losses, experts, checkpoints, alerts",
     "eval": "accuracy, loss and routing of base and experts on held-out rows",
     "generate": "answer a prompt",
     "plan": "parameters, memory, FLOPs and disk before anything is loaded",
@@ -60,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         return importlib.import_module(f"srde.cli.{verb}").main(argv[1:])
+    except StoppedError as error:
+        print(f"srde {verb}: {error}", file=sys.stderr)
+        return STOPPED
     except SrdeError as error:
         print(f"srde {verb}: {error}", file=sys.stderr)
         return 1

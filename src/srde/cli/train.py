@@ -12,6 +12,8 @@ def main(argv: list[str]) -> int:
 
     arguments = parse(argv)
     outcome = run(*arguments)
+    if not outcome.is_main:
+        return 0
     m = outcome.metrics
     if m["rows_left_out"]:
         print(f"{m['rows_left_out']} rows were longer than --max_length and left out", file=sys.stderr)

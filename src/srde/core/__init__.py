@@ -10,10 +10,11 @@ from srde.core.losses import (
     router_z_loss,
     sparsity_loss,
 )
-from srde.core.masks import deal, gradient_scores, magnitude_scores, random_scores
+from srde.core.masks import deal, draft, gradient_scores, magnitude_scores, random_scores
 from srde.core.neuron import NeuronDelta
 from srde.core.routed import choose_path, contract, expand, routed_mlp
 from srde.core.router import Groups, Route, Router
+from srde.core.selector import LearnedSparseSelector, relaxed_top_k
 
 DELTAS: dict[str, type[NeuronDelta] | type[ElementDelta]] = {"neuron": NeuronDelta, "element": ElementDelta}
 
@@ -23,6 +24,7 @@ __all__ = [
     "ElementDelta",
     "Found",
     "Groups",
+    "LearnedSparseSelector",
     "MlpLayout",
     "NeuronDelta",
     "Path",
@@ -32,6 +34,7 @@ __all__ = [
     "contract",
     "count_rewritten",
     "deal",
+    "draft",
     "expand",
     "find_mlps",
     "gradient_scores",
@@ -40,6 +43,7 @@ __all__ = [
     "magnitude_scores",
     "orthogonality_loss",
     "random_scores",
+    "relaxed_top_k",
     "routed_mlp",
     "router_supervision_loss",
     "router_z_loss",

@@ -40,6 +40,8 @@ class Delta(nn.Module):
 
     values: nn.Parameter
     index: Tensor
+    _after: int
+    """How many axes of `values`, from the last, there are from the one that counts rewritten things."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_matrices: int, num_experts: int) -> None:
         super().__init__()
@@ -80,12 +82,25 @@ class Delta(nn.Module):
         """The M dense matrices ``sum_e gate_e * Delta_e``, oriented as `nn.Linear` weights; for merging and tests."""
 
     @abstractmethod
-    def prune(self, sparsity: float) -> Tensor:
-        """Which values survive at a lower sparsity: positions into the pruned axis, those with the largest values.
+    def size(self) -> Tensor:
+        """How much each rewritten thing is changed: root of the sum of squares, shaped like `index`."""
+
+    @abstractmethod
+    def keep(self, sparsity: float) -> int:
+        """How many things per expert there are at a sparsity."""
+
+    def prune(self, sparsity: float, score: Tensor | None = None) -> Tensor:
+        """Which values survive at a lower sparsity: positions into the pruned axis.
+
+        Args:
+            sparsity: The new, lower one.
+            score: The worth of each rewritten thing, shaped like `index`; those of the largest change, if left out.
 
         Returns:
             Long tensor with the leading axes of `index` and the new, smaller last axis, ascending. Apply with `take`.
         """
+        score = self.size() if score is None else score
+        return score.topk(self.keep(sparsity), dim=-1).indices.sort(dim=-1).values
 
     @abstractmethod
     def take(self, kept: Tensor, like_values: Tensor) -> Tensor:
@@ -111,6 +126,16 @@ class Delta(nn.Module):
         self.values.data = self.take(kept, self.values.data)
         self.values.grad = None
         self.index = self.index.gather(-1, kept)
+
+    def resize(self, sparsity: float) -> None:
+        """Gives values and masks the shapes of a sparsity, all zero, for values that come from a file; the parameter object
+        stays the same."""
+        count, device = self.keep(sparsity), self.index.device
+        axis = self.values.ndim - self._after
+        shape = (*self.values.shape[:axis], count, *self.values.shape[axis + 1 :])
+        self.values.data = torch.zeros(shape, dtype=self.values.dtype, device=device)
+        self.values.grad = None
+        self.index = self.index.new_zeros(*self.index.shape[:-1], count)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, values={tuple(self.values.shape)}"

@@ -27,6 +27,8 @@ class ElementDelta(Delta):
     it ([F, D], and [D, F] for the last), ascending. Every matrix gives the same count, N = sparsity * F * D.
     """
 
+    _after = 1
+
     def __init__(
         self,
         hidden_size: int,
@@ -88,9 +90,11 @@ class ElementDelta(Delta):
         out.scatter_add_(1, self.index.long().flatten(1), values.flatten(1))
         return [flat.view(self._shape(m)) for m, flat in enumerate(out)]
 
-    def prune(self, sparsity: float) -> Tensor:
-        entries = count_rewritten(sparsity, self.hidden_size * self.intermediate_size)
-        return self.values.detach().abs().topk(entries, dim=-1).indices.sort(dim=-1).values
+    def size(self) -> Tensor:
+        return self.values.detach().abs()
+
+    def keep(self, sparsity: float) -> int:
+        return count_rewritten(sparsity, self.hidden_size * self.intermediate_size)
 
     def take(self, kept: Tensor, like_values: Tensor) -> Tensor:
         return like_values.gather(-1, kept)

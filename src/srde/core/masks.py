@@ -2,8 +2,9 @@
 
 Letters: T tokens, I inputs, O outputs, E experts, N things that one expert rewrites.
 
-Three ways to score, one way to deal. `random` and `magnitude` look at the weights alone; `gradient` looks at how much
-the loss on a calibration batch moves with each weight.
+Ways to score, and two ways to deal. `random` and `magnitude` look at the weights alone; `gradient` looks at how much
+the loss on a calibration batch moves with each weight; these give one score for all experts, and `deal` deals. Learned
+scores (`srde.core.selector`) are each expert's own: `draft` lets the experts choose in turn.
 """
 
 from __future__ import annotations
@@ -54,3 +55,30 @@ def deal(score_S: Tensor, num_experts: int, count: int) -> Tensor:
         more_EN = rank_ES.argsort(dim=1, stable=True)[:, : count - rounds]
         dealt_EN = torch.cat([dealt_EN, more_EN], dim=1)
     return dealt_EN.sort(dim=1).values
+
+
+def draft(score_ES: Tensor, count: int) -> Tensor:
+    """Lets the experts choose in turn, each the best by its own scores that nobody has taken, until each has `count`.
+
+    Who begins changes from round to round (0 1 2, 2 1 0, ...). Where there are not enough for all (E * N > S), an expert that
+    finds nothing free takes the best that it does not have itself.
+
+    Returns:
+        Long tensor [E, N], ascending for each expert.
+    """
+    num_experts, size = score_ES.shape
+    order = score_ES.float().argsort(dim=1, descending=True, stable=True).tolist()
+    taken = [False] * size
+    chosen: list[list[int]] = [[] for _ in range(num_experts)]
+    place = [0] * num_experts
+    for turn in range(min(count, size // num_experts)):
+        for e in range(num_experts) if turn % 2 == 0 else reversed(range(num_experts)):
+            while taken[order[e][place[e]]]:
+                place[e] += 1
+            taken[order[e][place[e]]] = True
+            chosen[e].append(order[e][place[e]])
+    for e, own in enumerate(chosen):
+        if len(own) < count:
+            have = set(own)
+            own += [one for one in order[e] if one not in have][: count - len(own)]
+    return torch.tensor(chosen, device=score_ES.device).sort(dim=1).values

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srde.core.delta import Delta, Path, count_rewritten, gates_to, may_write
-from srde.core.masks import deal
+from srde.core.masks import deal, draft
 from srde.core.router import Route, autocasts
 
 # Below this many tokens, rounding the float32 values to the activations' dtype costs more than the product saves.
@@ -30,6 +30,8 @@ class NeuronDelta(Delta):
     Shapes: `values` [M, E, R, D] float32 - for matrix m, expert e and its r-th neuron the change of that neuron's D
     weights (of its *column* where m is the F -> D matrix); `index` [E, R] long - the neurons.
     """
+
+    _after = 2
 
     def __init__(
         self,
@@ -55,6 +57,10 @@ class NeuronDelta(Delta):
         neuron_F = sum(s.float().sum(dim=1) for s in score[:-1]) + score[-1].float().sum(dim=0)
         assert isinstance(neuron_F, Tensor)
         self.index.copy_(deal(neuron_F, self.num_experts, self.index.shape[1]))
+
+    def set_own_masks(self, score_EF: Tensor) -> None:
+        """Chooses what each expert rewrites from scores of its own, see `srde.core.masks.draft`."""
+        self.index.copy_(draft(score_EF, self.index.shape[1]))
 
     def expand(self, pre: list[Tensor], x_TD: Tensor, route: Route, path: Path) -> list[Tensor]:
         if path == "grouped":
@@ -160,10 +166,11 @@ class NeuronDelta(Delta):
         out.index_add_(1, self.index.view(-1), values.flatten(1, 2))
         return [*out[:-1], out[-1].t()]
 
-    def prune(self, sparsity: float) -> Tensor:
-        rewritten = count_rewritten(sparsity, self.intermediate_size)
-        size_ER = self.values.detach().square().sum(dim=(0, 3))
-        return size_ER.topk(rewritten, dim=-1).indices.sort(dim=-1).values
+    def size(self) -> Tensor:
+        return self.values.detach().square().sum(dim=(0, 3)).sqrt()
+
+    def keep(self, sparsity: float) -> int:
+        return count_rewritten(sparsity, self.intermediate_size)
 
     def take(self, kept: Tensor, like_values: Tensor) -> Tensor:
         index = kept.view(1, *kept.shape, 1).expand(self.num_matrices, -1, -1, self.hidden_size)

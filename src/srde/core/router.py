@@ -114,7 +114,12 @@ class Router(nn.Module):
         null_expert: Adds one slot without a delta; a token that chooses it leaves that share of the
             base untouched.
         num_shared: Experts beside the routed ones whose gate is always 1.
+        temperature: Divides the logits; above 1 the shares of the chosen are more even.
         device: Where the weight lives.
+
+    Attributes:
+        locked: Routed experts that are never chosen, and so not trained.
+        frozen: Routed experts that are chosen and not trained: `Routing.hold_locked` holds them.
 
     Shapes: `weight` is [slots, D] float32 with slots = num_experts + null_expert.
     """
@@ -129,6 +134,7 @@ class Router(nn.Module):
         *,
         null_expert: bool = False,
         num_shared: int = 0,
+        temperature: float = 1.0,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -136,7 +142,9 @@ class Router(nn.Module):
         self.top_k = top_k
         self.null_expert = null_expert
         self.num_shared = num_shared
+        self.temperature = temperature
         self.locked: tuple[int, ...] = ()
+        self.frozen: tuple[int, ...] = ()
         self.weight = nn.Parameter(
             torch.empty(num_experts + null_expert, hidden_size, dtype=torch.float32, device=device)
         )
@@ -186,6 +194,8 @@ class Router(nn.Module):
                 logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         else:
             logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        if self.temperature != 1:
+            logits_TE = logits_TE / self.temperature
         if self.locked:
             locked = torch.tensor(self.locked, device=logits_TE.device)
             logits_TE = logits_TE.index_fill(1, locked, float("-inf"))

@@ -44,9 +44,15 @@ def pack(examples: Sequence[Example], *, max_length: int) -> list[PackedRow]:
     Raises:
         DataError: An example is longer than `max_length`.
     """
-    shuffled = Random(0).sample(examples, len(examples))
-    rows = pack_lengths([len(example.input_ids) for example in shuffled], max_length=max_length)
-    return [_concatenate([shuffled[place] for place in row]) for row in rows]
+    places = pack_places([len(example.input_ids) for example in examples], max_length=max_length)
+    return [concatenate([examples[place] for place in row]) for row in places]
+
+
+def pack_places(lengths: Sequence[int], *, max_length: int) -> list[list[int]]:
+    """Which examples `pack` puts into each row, by their places."""
+    shuffled = Random(0).sample(range(len(lengths)), len(lengths))
+    rows = pack_lengths([lengths[place] for place in shuffled], max_length=max_length)
+    return [[shuffled[place] for place in row] for row in rows]
 
 
 def pack_lengths(lengths: Sequence[int], *, max_length: int, window: int | None = None) -> list[list[int]]:
@@ -100,7 +106,8 @@ def pack_lengths(lengths: Sequence[int], *, max_length: int, window: int | None 
     return rows
 
 
-def _concatenate(examples: Sequence[Example]) -> PackedRow:
+def concatenate(examples: Sequence[Example]) -> PackedRow:
+    """One row of several examples."""
     return PackedRow(
         input_ids=[token for example in examples for token in example.input_ids],
         labels=[label for example in examples for label in (IGNORE, *example.labels[1:])],

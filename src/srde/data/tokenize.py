@@ -51,10 +51,19 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The examples of a data set, in the rows' order, and how many rows were left out as too long."""
+    """A data set, tokenised.
+
+    Attributes:
+        examples: In the rows' order.
+        dropped: How many rows were left out as too long.
+        rows: The row of each example.
+        domains: The domains by their numbers.
+    """
 
     examples: list[Example]
     dropped: int
+    rows: list[Row]
+    domains: list[str]
 
     @property
     def trained_tokens(self) -> int:
@@ -201,11 +210,8 @@ def tokenize_rows(
         if isinstance(one, DataError):
             raise one
         encoded.append(one)
-    kept = [
-        one.example(numbers.get(row.domain or "", -1))
-        for row, one in zip(rows, encoded, strict=True)
-        if len(one.input_ids) <= max_length
-    ]
+    short = [(row, one) for row, one in zip(rows, encoded, strict=True) if len(one.input_ids) <= max_length]
+    kept = [one.example(numbers.get(row.domain or "", -1)) for row, one in short]
     if not kept:
         shortest = min(range(len(rows)), key=lambda index: len(encoded[index].input_ids))
         length, row = len(encoded[shortest].input_ids), rows[shortest]
@@ -216,7 +222,9 @@ def tokenize_rows(
             f"has {length} tokens and is the shortest of {len(rows)} rows, all longer than max_length={max_length}; "
             f"nothing is left to train on. Set --max_length to {length} or more",
         )
-    return Tokenized(kept, dropped=len(rows) - len(kept))
+    return Tokenized(
+        kept, dropped=len(rows) - len(kept), rows=[row for row, _ in short], domains=list(numbers)
+    )
 
 
 def _trained(example: Example) -> int:

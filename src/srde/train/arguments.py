@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from srde.errors import ConfigError, refuse_unknown
+from srde.errors import ConfigError, DataError, refuse_unknown
+from srde.train.config_file import expand_config
 from srde.tuner import SrdeConfig
 
 
@@ -16,13 +18,22 @@ from srde.tuner import SrdeConfig
 class ModelArguments:
     """The frozen base model."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder of a causal language model."})
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or folder of a causal language model.", "aliases": ["--model_name"]}
+    )
     dtype: str = field(
         default="auto",
         metadata={"help": "Type of the base's weights: auto (the checkpoint's), float32, bfloat16, float16."},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention backend of Transformers, e.g. sdpa."}
+        default=None,
+        metadata={
+            "help": "Attention backend of Transformers: sdpa, flash_attention_2, eager, ...; its own choice, if not given."
+        },
+    )
+    quantization: Literal["none", "nf4", "int8"] = field(
+        default="none",
+        metadata={"help": "Loads the base quantised: nf4 (bitsandbytes), int8 (torchao)."},
     )
 
 
@@ -35,6 +46,13 @@ class DataArguments:
     )
     pretokenized_dir: str | None = field(
         default=None, metadata={"help": "Packed set of `srde data build`, instead of --train_file."}
+    )
+    jsonl_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same as --train_file; beside --pretokenized_dir, the rows that the set was made from: they must be "
+            "there, and are not read again, since the set has their tokens and domains."
+        },
     )
     data_order: Literal["shuffled", "balanced", "curriculum"] = field(
         default="shuffled",
@@ -66,6 +84,16 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.jsonl_data is not None:
+            if not Path(self.jsonl_data).is_file():
+                raise DataError.at(self.jsonl_data, None, "file", "does not exist")
+            if self.train_file not in (None, self.jsonl_data):
+                raise ConfigError.of(
+                    "jsonl_data", self.jsonl_data, rule="it is another name of --train_file, which is given too",
+                    fix="pass one of them",
+                )  # fmt: skip
+            if self.pretokenized_dir is None:
+                self.train_file = self.jsonl_data
         if (self.train_file is None) == (self.pretokenized_dir is None):
             raise ConfigError.of(
                 "train_file",
@@ -91,15 +119,25 @@ class DataArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """Transformers' `TrainingArguments` with defaults that suit experts on a frozen base."""
+    """Transformers' `TrainingArguments` with defaults that suit experts on a frozen base, and what srde adds."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the adapter and the run."})
+    max_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "Optimizer steps in all, from which the phases' lengths follow; 5,000, if --num_train_epochs is not given either."
+        },
+    )
+    num_train_epochs: float = field(
+        default=-1, metadata={"help": "Passes over the data, where --max_steps is not given."}
+    )
     learning_rate: float = field(
         default=3e-3, metadata={"help": "Peak learning rate of the experts and routers."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(
-        default=0.05, metadata={"help": "Steps, or below 1 the share of steps, of warm-up."}
+        default=0.05,
+        metadata={"help": "Steps, or below 1 the share of steps, over which the learning rate rises."},
     )
     per_device_train_batch_size: int = field(
         default=1, metadata={"help": "(Packed) rows per step and device."}
@@ -109,17 +147,108 @@ class RunArguments(TrainingArguments):
         metadata={"help": "(Packed) rows per evaluation step and device; packed ones are laid end to end."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Hides numbers that are not finite from the log; --nan_policy is for them."},
+    )
+    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    eval_strategy: str = field(
+        default="auto",
+        metadata={
+            "help": "When to measure held-out rows: no, steps, epoch; auto is steps with --eval_file, else no."
+        },
+    )
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Steps between two evaluations; those of --save_steps, if not given."}
+    )
+    report_to: str = field(
+        default="none", metadata={"help": "Trackers: none, tensorboard, wandb, trackio, ..."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default="auto",
+        metadata={
+            "help": "auto goes on from the newest checkpoint that verifies; none begins anew; or a checkpoint's folder."
+        },
+    )
+    allow_changed: list[str] | None = field(
+        default=None,
+        metadata={"help": "Settings that may differ from those of the checkpoint that the run goes on from."},
+    )
+    phase_warmup_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps that train nothing and measure the base; 100 in 5,000 and more, fewer in proportion."
+        },
+    )
+    mask_learning_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps that learn which neurons each expert rewrites; 500 in proportion."},
+    )
+    delta_training_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps that train the experts and leave the routers; 1,000 in proportion."},
+    )
     supervised_experts: bool = field(
         default=False,
         metadata={
-            "help": "Pre-trains all experts side by side first, every token forced to the expert of its domain."
+            "help": "Pre-trains all experts side by side first, every token forced to an expert of its domain."
         },
     )
-    expert_pretrain_steps: int = field(
-        default=500, metadata={"help": "Steps that --supervised_experts lasts."}
+    expert_pretrain_steps: int | None = field(
+        default=None, metadata={"help": "Steps that --supervised_experts lasts; 500 in proportion."}
     )
-    save_strategy: str = field(
-        default="no", metadata={"help": "When to write checkpoints beside the final adapter."}
+    domain_experts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Experts of a domain, as in math=0,6 code=2; domain d has expert d, where none is given."
+        },
+    )
+    warm_start: Literal["none", "kmeans", "domains"] = field(
+        default="none",
+        metadata={
+            "help": "How the routers begin: at random; from clusters of hidden states (--warm_start alone); from domains."
+        },
+    )
+    progressive_unlock: Literal["none", "linear", "warmup"] = field(
+        default="none",
+        metadata={
+            "help": "Opens the experts one after the other (linear), or one first and then all (warmup)."
+        },
+    )
+    unlock_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps over which experts are opened; a third of those that route, if not given."},
+    )
+    router_temperature_start: float | None = field(
+        default=None,
+        metadata={
+            "help": "Router temperature at first; falls to --router_temperature by the middle of the run."
+        },
+    )
+    prune_by: Literal["magnitude", "taylor", "importance"] = field(
+        default="magnitude",
+        metadata={
+            "help": "What is kept when sparsity falls: the largest changes; changes times gradients; changes times the "
+            "sigmoid of learned importance."
+        },
+    )
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compiles the model (torch.compile).", "aliases": ["--compile"]}
+    )
+    use_muon: bool = field(
+        default=False, metadata={"help": "Muon for neuron deltas and routers, AdamW for the rest."}
+    )
+    nan_policy: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "At a loss or gradient that is not finite: stop, or skip the step."}
+    )
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps that --nan_policy skip may skip."})
+    heartbeat_steps: int = field(default=50, metadata={"help": "Steps between two signs of life."})
+    webhook_url: str | None = field(
+        default=None,
+        metadata={"help": "Discord, Slack or other address for notifications; $WEBHOOK_URL, if not given."},
+    )
+    webhook_allow_private: bool = field(
+        default=False, metadata={"help": "Also notifies addresses of this machine and of private networks."}
     )
 
     def __post_init__(self) -> None:
@@ -127,21 +256,45 @@ class RunArguments(TrainingArguments):
             raise ConfigError.of(
                 "output_dir", self.output_dir, rule="a run needs a folder to save to", fix="pass --output_dir"
             )
-        if self.expert_pretrain_steps < 0:
+        for name, least in (
+            ("expert_pretrain_steps", 0), ("unlock_steps", 1), ("max_skipped_steps", 0), ("heartbeat_steps", 1)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError.of(
+                    name, value, rule=f"it must be at least {least}", fix=f"use {least} or more"
+                )
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError.of("max_steps", self.max_steps, rule="it must be at least 1", fix="use 5000")
+        if self.num_train_epochs <= 0 and self.max_steps == -1:
+            self.max_steps = 5000
+        if self.router_temperature_start is not None and self.router_temperature_start <= 0:
             raise ConfigError.of(
-                "expert_pretrain_steps",
-                self.expert_pretrain_steps,
-                rule="it must be at least 0",
-                fix="leave --supervised_experts out for none",
+                "router_temperature_start",
+                self.router_temperature_start,
+                rule="it must be above 0",
+                fix="use 2",
             )
+        if self.fp16:
+            raise ConfigError.of(
+                "fp16", True, rule="float16 is not wide enough for the gradients of a frozen model's experts",
+                fix="use --bf16, or --dtype float16 for the base alone",
+            )  # fmt: skip
+        if self.eval_strategy == "auto":  # settled by the run, which knows whether there are rows to measure
+            self.eval_strategy = "no"
+            self.evaluates_if_it_can = True
+        else:
+            self.evaluates_if_it_can = False
+        self.eval_steps = self.save_steps if self.eval_steps is None else self.eval_steps
         super().__post_init__()
 
 
 _BY_HAND = (
     "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed", "null_expert",
-    "num_shared_experts", "router_aux_loss_coef", "router_z_loss_coef", "orthogonality_loss_coef", "sparsity_loss_coef",
+    "num_shared_experts", "router_temperature", "router_aux_loss_coef", "router_z_loss_coef", "orthogonality_loss_coef", "sparsity_loss_coef",
     "layers_to_transform", "target_modules",
 )  # fmt: skip
+_DEFAULTS = {"mask_init": "learned"}
 _AS_FLAG = {"layers_to_transform": list[int] | None, "target_modules": list[str] | None}
 
 ExpertArguments = make_dataclass(
@@ -150,32 +303,41 @@ ExpertArguments = make_dataclass(
         (
             f.name,
             _AS_FLAG.get(f.name) or get_type_hints(SrdeConfig)[f.name],
-            field(default=f.default, metadata=f.metadata),
+            field(default=_DEFAULTS.get(f.name, f.default), metadata=f.metadata),
         )
         for f in fields(SrdeConfig)
         if f.name in _BY_HAND
     ],
 )
-"""The experts: the fields of `SrdeConfig` that are set by hand, with its defaults and help."""
+"""The experts: the fields of `SrdeConfig` that are set by hand, with its help; masks are learned, if nothing else is said."""
 
 
 def starting_config(experts: Any) -> SrdeConfig:
     """The configuration at the start of training, from `ExpertArguments`: at the initial sparsity."""
-    return SrdeConfig(task_type="CAUSAL_LM", sparsity=experts.initial_sparsity, **asdict(experts))
+    settings = asdict(experts)
+    if settings["granularity"] == "element" and settings["mask_init"] == "learned":
+        settings["mask_init"] = "gradient"  # the nearest there is for single entries
+    return SrdeConfig(task_type="CAUSAL_LM", sparsity=experts.initial_sparsity, **settings)
+
+
+def parser() -> HfArgumentParser:
+    """The flags of `srde train`."""
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, ExpertArguments, RunArguments), prog="srde train", allow_abbrev=False
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunArguments]:
-    """Reads the flags of `srde train`.
+    """Reads the flags of `srde train`, and the file of `--config`, whose settings they override.
 
     Raises:
-        ConfigError: A flag is unknown (the message suggests the nearest), or a value breaks its rule.
+        ConfigError: A flag or a key of the file is unknown (the message suggests the nearest), or a value breaks its rule.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, ExpertArguments, RunArguments), prog="srde train", allow_abbrev=False
+    flags = parser()
+    model, data, experts, run, unknown = flags.parse_args_into_dataclasses(
+        expand_config(list(argv), flags), return_remaining_strings=True
     )
-    model, data, experts, run, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True
+    refuse_unknown(
+        "train", unknown, [option for action in flags._actions for option in action.option_strings]
     )
-    flags = [option for action in parser._actions for option in action.option_strings]
-    refuse_unknown("train", unknown, flags)
     return model, data, experts, run

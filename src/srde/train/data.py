@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from srde.data.loader import PackedDataset
-from srde.data.pack import PaddedCollator, pack, packed_collator
+from srde.data.pack import PaddedCollator, concatenate, pack_places, packed_collator
 from srde.data.rows import Row, scan_rows
 from srde.data.tokenize import tokenize_rows
 from srde.errors import DataError
@@ -28,25 +31,98 @@ class TrainingData:
         evaluation: The same of held-out rows, if there are any.
         collate: Makes a batch of either.
         facts: Counts: rows, rows left out, tokens, trained tokens.
+        domains: The domains by their numbers.
+        fingerprint: Of what is trained on.
     """
 
-    train: Dataset[Any]
+    train: Numbered
     evaluation: Dataset[Any] | None
     collate: Any
     facts: dict[str, Any]
+    domains: list[str]
+    fingerprint: str
+
+    def first_batches(self, size: int, tokens: int) -> list[dict[str, Any]]:
+        """The first batches of the first epoch, of `size` rows each, until they have so many tokens; the same in every
+        process."""
+        batches: list[dict[str, Any]] = []
+        order = self.train.epoch(0).tolist()
+        seen = 0
+        for first in range(0, len(order), size):
+            batch = self.collate([self.train[place] for place in order[first : first + size]])
+            batch.pop("row_ids")
+            batches.append(batch)
+            seen += batch["input_ids"].numel()
+            if seen >= tokens:
+                break
+        return batches
 
 
 class Rows(Dataset):  # type: ignore[type-arg]
-    """A list as a dataset."""
+    """A list as a dataset, shuffled anew in every epoch.
 
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = rows
+    Args:
+        rows: Examples, or packed rows.
+        names: What to call each row in a message.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: Sequence[Any], names: Sequence[str], seed: int = 0) -> None:
+        self.rows, self.names, self.seed = rows, names, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The rows of an epoch in order."""
+        return np.random.default_rng([self.seed, number]).permutation(len(self.rows))
+
+    def name(self, index: int) -> str:
+        """What to call a row in a message."""
+        return self.names[index]
+
+
+class Numbered(Dataset):  # type: ignore[type-arg]
+    """A dataset whose items know their number, so that a batch can say which rows it holds."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The rows of an epoch in order."""
+        order: np.ndarray = self.dataset.epoch(number)
+        return order
+
+    def name(self, index: int) -> str:
+        """What to call a row in a message."""
+        return str(self.dataset.name(index)) if hasattr(self.dataset, "name") else f"row {index}"
+
+
+@dataclass(frozen=True)
+class NumberedCollator:
+    """Collates numbered rows, with their numbers as `row_ids`; or plain ones, without.
+
+    Attributes:
+        collate: Makes a batch of rows.
+    """
+
+    collate: Any
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The batch."""
+        if not isinstance(rows[0], tuple):
+            return dict(self.collate(rows))
+        batch = dict(self.collate([row for _, row in rows]))
+        return batch | {"row_ids": torch.tensor([number for number, _ in rows])}
 
 
 class RowData:
@@ -60,8 +136,8 @@ class RowData:
         DataError: A row breaks a rule and bad rows are not to be skipped, or there is none.
     """
 
-    def __init__(self, args: DataArguments, *, need_domains: bool) -> None:
-        self.args = args
+    def __init__(self, args: DataArguments, seed: int, *, need_domains: bool) -> None:
+        self.args, self.seed = args, seed
         self.rows, self.bad_rows = _read(args.train_file or "", args)
         self.held_out = _read(args.eval_file, args)[0] if args.eval_file else None
         if need_domains and all(row.domain is None for row in self.rows):
@@ -72,12 +148,13 @@ class RowData:
     def prepare(self, tokenizer: PreTrainedTokenizerBase, packed: bool) -> TrainingData:
         """Tokenises and packs, or leaves examples single for models whose packing is not exact."""
         length = self.args.max_length
-        train, facts = _prepare(tokenizer, self.rows, length, packed)
-        domains = [row.domain for row in self.rows]  # held-out rows have the training rows' numbers
+        train, facts, domains = _prepare(tokenizer, self.rows, length, packed, seed=self.seed)
+        # held-out rows have the training rows' numbers
         held_out = _prepare(tokenizer, self.held_out, length, packed, domains)[0] if self.held_out else None
         return TrainingData(
-            train, held_out, _collator(tokenizer, packed), facts | {"bad_rows": self.bad_rows}
-        )
+            Numbered(train), held_out, _collator(tokenizer, packed), facts | {"bad_rows": self.bad_rows}, domains,
+            _fingerprint(self.args.train_file or ""),
+        )  # fmt: skip
 
 
 class PackedData:
@@ -109,8 +186,9 @@ class PackedData:
             split = PackedDataset(self.train.folder, "validation", check=False)
             held_out = split if packed else split.examples()
         return TrainingData(
-            self.train if packed else self.train.examples(), held_out, _collator(tokenizer, packed), facts
-        )
+            Numbered(self.train if packed else self.train.examples()), held_out, _collator(tokenizer, packed), facts,
+            self.train.domain_names, self.train.fingerprint,
+        )  # fmt: skip
 
 
 def open_data(
@@ -119,7 +197,7 @@ def open_data(
     """Reads what the run is given, so that a defect shows before the model is loaded."""
     if args.pretokenized_dir:
         return PackedData(args, tokenizer, seed)
-    return RowData(args, need_domains=need_domains)
+    return RowData(args, seed, need_domains=need_domains)
 
 
 def _read(path: str, args: DataArguments) -> tuple[list[Row], int]:
@@ -143,17 +221,30 @@ def _prepare(
     max_length: int,
     packed: bool,
     domains: Sequence[str | None] = (),
-) -> tuple[Rows, dict[str, Any]]:
+    seed: int = 0,
+) -> tuple[Rows, dict[str, Any], list[str]]:
     tokenized = tokenize_rows(tokenizer, rows, max_length=max_length, domains=domains)
+    examples = tokenized.examples
     facts = {
-        "rows": len(tokenized.examples),
+        "rows": len(examples),
         "rows_left_out": tokenized.dropped,
-        "tokens": sum(len(e.input_ids) for e in tokenized.examples),
+        "tokens": sum(len(e.input_ids) for e in examples),
         "trained_tokens": tokenized.trained_tokens,
         "packed": packed,
     }
-    return Rows(pack(tokenized.examples, max_length=max_length) if packed else tokenized.examples), facts
+    names = [f"{row.file}:{row.line}" for row in tokenized.rows]
+    if not packed:
+        return Rows(examples, names, seed), facts, tokenized.domains
+    places = pack_places([len(example.input_ids) for example in examples], max_length=max_length)
+    whole = [concatenate([examples[place] for place in row]) for row in places]
+    joined = [" + ".join(names[place] for place in row) for row in places]
+    return Rows(whole, joined, seed), facts, tokenized.domains
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase, packed: bool) -> Any:
-    return packed_collator if packed else PaddedCollator(tokenizer.pad_token_id)
+def _collator(tokenizer: PreTrainedTokenizerBase, packed: bool) -> NumberedCollator:
+    return NumberedCollator(packed_collator if packed else PaddedCollator(tokenizer.pad_token_id))
+
+
+def _fingerprint(file: str) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,7 +6,6 @@ TRL's trainers call the backbone and not the model's own forward, so a loss adde
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,8 @@ from srde.core import (
     sparsity_loss,
 )
 from srde.errors import UsageError
+from srde.train.means import Means
+from srde.train.supervision import Supervision
 from srde.tuner import RoutedCall, Routing, SrdeConfig
 
 if TYPE_CHECKING:
@@ -63,26 +64,6 @@ def auxiliary_losses(
     }
 
 
-@dataclass(frozen=True)
-class Supervision:
-    """Expert pre-training: all experts learn side by side, each token forced to the expert of its domain, while the
-    routers learn from the same labels whose tokens are whose.
-
-    Attributes:
-        steps: Optimizer steps that it lasts.
-        num_experts: Routed experts; domain d belongs to expert d modulo this.
-        coef: Weight of the routers' cross-entropy.
-    """
-
-    steps: int
-    num_experts: int
-    coef: float = 0.1
-
-    def experts(self, domain_ids: Tensor) -> Tensor:
-        """The expert of each token, -1 for tokens without a domain."""
-        return torch.where(domain_ids < 0, domain_ids, domain_ids % self.num_experts)
-
-
 class SrdeLossMixin(_Base):
     """Adds srde's losses to a trainer's own; put it before the trainer's class.
 
@@ -92,15 +73,20 @@ class SrdeLossMixin(_Base):
     Each loss appears in the logs under its name, unweighted.
 
     Attributes:
-        supervision: Expert pre-training for the first steps, on batches with `domain_ids` (shaped like `input_ids`, -1
-            for none); None for routing from the start.
+        supervision: Expert pre-training, on batches with `domain_ids` (shaped like `input_ids`, -1 for none); None for
+            routing from the start.
+        share: The part of a micro-batch that the next call has, where one was split for want of memory.
+        means: The auxiliary losses since the last log.
+        language_loss: The language-modelling loss of the last call, without the auxiliary ones.
     """
 
     supervision: Supervision | None = None
+    share: float = 1.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._auxiliary: dict[str, list[Tensor]] = {}
+        self.means = Means()
+        self.language_loss: Tensor = torch.zeros(())
         keep_float32(self.model)
 
     def compute_loss(  # type: ignore[override]
@@ -117,14 +103,23 @@ class SrdeLossMixin(_Base):
         """
         domain_ids = inputs.pop("domain_ids", None)
         routing = getattr(self.accelerator.unwrap_model(model), "srde", None)
+        inputs.pop("row_ids", None)
         if not isinstance(routing, Routing) or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        forced = self._forced(domain_ids)
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self.language_loss = (result[0] if return_outputs else result).detach()
+            return result
+        forced = self._forced(domain_ids, inputs.get("position_ids"))
         with routing.record() as record, nullcontext() if forced is None else routing.force_experts(forced):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
+        if num_items_in_batch is None:
+            loss = loss * self.share  # a mean over the part's own tokens
+        self.language_loss = loss.detach()
         # as in TRL: with num_items_in_batch the trainer leaves accumulation to the loss, which is a share of the whole
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        if not record.calls:  # the adapter is switched off
+            return (loss, outputs) if return_outputs else loss
+        self.observe(record.calls[0])
         configs = self.accelerator.unwrap_model(model).peft_config
         for adapter in {name for _, name in record.calls[0].routes}:
             _require_graph(routing, record.calls[0], adapter)
@@ -138,21 +133,31 @@ class SrdeLossMixin(_Base):
                 losses = [router_supervision_loss(r, config.num_experts, forced.flatten()) for r in routes]
                 weighted["router_supervision_loss"] = self.supervision.coef, torch.stack(losses).mean()
             for name, (coef, value) in weighted.items():
-                loss = loss + coef * value.to(loss) / steps
-                self._auxiliary.setdefault(name, []).append(value.detach())
+                loss = loss + coef * value.to(loss) / steps * self.share
+                self.means.add(name, value, self.share)
         return (loss, outputs) if return_outputs else loss
 
-    def _forced(self, domain_ids: Tensor | None) -> Tensor | None:
-        if domain_ids is None or self.supervision is None or self.state.global_step >= self.supervision.steps:
+    def observe(self, call: RoutedCall) -> None:
+        """Called with what the routers decided in each training forward; keep no graph of it."""
+
+    def _forced(self, domain_ids: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+        supervision, step = self.supervision, self.state.global_step
+        if domain_ids is None or supervision is None or not supervision.start <= step < supervision.steps:
             return None
-        return self.supervision.experts(domain_ids)
+        return supervision.experts(domain_ids, position_ids, turn=step)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean of each auxiliary loss since the last call."""
+        """Adds the mean of each auxiliary loss since the last call, over all processes."""
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._auxiliary.items()}
-            self._auxiliary.clear()
+            logs |= self.means.drain(self.mean_over_processes)
         super().log(logs, *args, **kwargs)
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """The mean of a number over the processes that train together."""
+        if self.args.world_size == 1:
+            return value
+        mean: Tensor = self.accelerator.reduce(value.to(self.args.device), reduction="mean")
+        return mean
 
 
 def keep_float32(model: nn.Module) -> None:

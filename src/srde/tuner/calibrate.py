@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def calibrate_masks(
             "adapter", adapter, rule="its deltas are not zero any more, and new masks would move them elsewhere",
             fix="calibrate before training, or start a new adapter",
         )  # fmt: skip
-    taps = [_Tap(layer, adapter) for layer in layers]
+    scores = [_Scores(layer, adapter) for layer in layers]
     disabled = [layer.disable_adapters for layer in layers]
     trained = [(p, p.grad) for p in model.parameters() if p.requires_grad]  # of `modules_to_save`
     was_training = model.training
@@ -53,8 +53,8 @@ def calibrate_masks(
                 model(**batch).loss.backward()
             count += 1
     finally:
-        for tap in taps:
-            tap.remove()
+        for score in scores:
+            score.taps.remove()
         for layer, value in zip(layers, disabled, strict=True):
             layer._disable_adapters = value
         for parameter, grad in trained:
@@ -64,33 +64,50 @@ def calibrate_masks(
         raise UsageError.of(
             "batches", "none", rule="choosing masks by gradient needs at least one batch", fix="pass some"
         )
-    for tap in taps:
-        tap.finish()
+    for score in scores:
+        score.finish()
 
 
-class _Tap:
-    """Collects the scores of one MLP's matrices while batches run."""
+class Taps:
+    """Hooks on the matrices of one MLP: as gradients flow back, gives what went into each and the gradient of what came out.
 
-    def __init__(self, layer: SrdeLayer, adapter: str) -> None:
-        self.layer, self.adapter = layer, adapter
-        block = layer.owner()
-        layout = layer.layout
-        self.by_neuron = layer.srde_experts[adapter].values.ndim == 4
-        self.scores: dict[str, Tensor] = {}
+    Args:
+        layer: The MLP.
+        add: Called with the matrix' name, its input [T, I] and the gradient of its output [T, O].
+    """
+
+    def __init__(self, layer: SrdeLayer, add: Callable[[str, Tensor, Tensor], None]) -> None:
+        self.add = add
+        block, layout = layer.owner(), layer.layout
         self.handles = [
             getattr(block, name).register_forward_hook(self._hook(name))
             for name in (*layout.ups, layout.down)
         ]
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
             if not out.requires_grad:  # below the first layer nothing does: the graph starts here
                 out = out.detach().requires_grad_()
             x = args[0].detach().reshape(-1, args[0].shape[-1])
-            out.register_hook(lambda grad: self._add(name, x, grad.reshape(-1, grad.shape[-1])))
+            out.register_hook(lambda grad: self.add(name, x, grad.reshape(-1, grad.shape[-1])))
             return out
 
         return hook
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Scores:
+    """Collects the scores of one MLP's matrices while batches run."""
+
+    def __init__(self, layer: SrdeLayer, adapter: str) -> None:
+        self.layer, self.adapter = layer, adapter
+        self.by_neuron = layer.srde_experts[adapter].values.ndim == 4
+        self.scores: dict[str, Tensor] = {}
+        self.taps = Taps(layer, self._add)
 
     def _add(self, name: str, x_TI: Tensor, grad_TO: Tensor) -> None:
         score = gradient_scores(x_TI, grad_TO)
@@ -102,11 +119,9 @@ class _Tap:
             )
         self.scores[name] = self.scores[name] + score if name in self.scores else score
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
     def finish(self) -> None:
+        for score in self.scores.values():
+            sum_over_processes(score)  # every process has seen rows of its own, and all must choose alike
         layout = self.layer.layout
         ups = [self.scores[name] for name in layout.ups]
         if layout.fused:
@@ -114,3 +129,9 @@ class _Tap:
             ups = [first, second] if layout.gate_first else [second, first]
         self.layer.srde_experts[self.adapter].set_masks([*ups, self.scores[layout.down]])
         self.layer._unset.pop(self.adapter, None)
+
+
+def sum_over_processes(tensor: Tensor) -> None:
+    """Adds a tensor up over the processes that train together, in place; with one process it stays as it is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)

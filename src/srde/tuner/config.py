@@ -11,7 +11,7 @@ from peft import PeftConfig
 from srde.errors import ConfigError
 
 Granularity = Literal["neuron", "element"]
-MaskInit = Literal["random", "magnitude", "gradient"]
+MaskInit = Literal["random", "magnitude", "gradient", "learned"]
 
 LOSS_COEFS = (
     "router_aux_loss_coef",
@@ -53,7 +53,8 @@ class SrdeConfig(PeftConfig):
         default="magnitude",
         metadata={
             "help": "How the rewritten neurons or entries are chosen. 'gradient' needs a calibration batch: "
-            "call srde.calibrate_masks(model, batches) before the first forward."
+            "call srde.calibrate_masks(model, batches) before the first forward. 'learned' is for srde's trainer, whose "
+            "mask-learning phase chooses; until then, and elsewhere, it is 'magnitude'."
         },
     )
     mask_seed: int = field(default=0, metadata={"help": "Seed of mask_init='random'."})
@@ -63,6 +64,12 @@ class SrdeConfig(PeftConfig):
     )
     num_shared_experts: int = field(
         default=0, metadata={"help": "Experts beside the routed ones that every token uses, with gate 1."}
+    )
+    router_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divides the router logits; above 1 a token's shares of its experts are more even."
+        },
     )
     router_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the load-balancing loss."})
     router_z_loss_coef: float = field(default=0.001, metadata={"help": "Weight of the router z-loss."})
@@ -186,6 +193,14 @@ class SrdeConfig(PeftConfig):
                     fix="use 0 to switch it off",
                 )
 
+        if not _is_number(self.router_temperature) or self.router_temperature <= 0:
+            raise ConfigError.of(
+                "router_temperature",
+                self.router_temperature,
+                rule="it must be above 0",
+                fix="use 1 for plain logits",
+            )
+
     def _check_choices(self) -> None:
         for name, choices in (("granularity", get_args(Granularity)), ("mask_init", get_args(MaskInit))):
             value = getattr(self, name)
@@ -193,6 +208,11 @@ class SrdeConfig(PeftConfig):
                 raise ConfigError.of(
                     name, value, rule=f"it must be one of {', '.join(choices)}", fix="pick one of them"
                 )
+        if self.mask_init == "learned" and self.granularity != "neuron":
+            raise ConfigError.of(
+                "mask_init", self.mask_init, rule="masks are learned over neurons, not over single entries",
+                fix="use granularity='neuron', or mask_init='gradient'",
+            )  # fmt: skip
         layers = self.layers_to_transform
         layers = [layers] if isinstance(layers, int) else layers
         if layers is not None and (

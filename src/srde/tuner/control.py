@@ -172,8 +172,8 @@ class Routing:
             router.lock(experts)
 
     def hold_locked(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Makes an optimizer leave locked experts bit-identical, and their rows of the router: what it changed of them
-        is put back after each step.
+        """Makes an optimizer leave locked and frozen experts bit-identical, and their rows of the router: what it changed
+        of them is put back after each step.
 
         Returns:
             The hook's handle; `handle.remove()` ends it.
@@ -184,7 +184,7 @@ class Routing:
                 (parameter, where, parameter.data[where].clone())
                 for layer in self.layers.values()
                 for name, router in layer.srde_router.items()
-                if (locked := list(router.locked))
+                if (locked := sorted({*router.locked, *router.frozen}))
                 for parameter, where in (
                     (layer.srde_experts[name].values, (slice(None), locked)),
                     (router.weight, (locked,)),
@@ -195,6 +195,7 @@ class Routing:
             for parameter, where, data in self._held:
                 parameter.data[where] = data
 
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has no hooks
         first = optimizer.register_step_pre_hook(snapshot)
         second = optimizer.register_step_post_hook(restore)
         return _Both(first, second)

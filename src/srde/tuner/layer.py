@@ -72,6 +72,7 @@ class SrdeLayer(_Wrapper):
             config.top_k,
             null_expert=config.null_expert,
             num_shared=config.num_shared_experts,
+            temperature=config.router_temperature,
             device=device,
         )
         delta = DELTAS[config.granularity](

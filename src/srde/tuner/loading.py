@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_base(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+def load_base(
+    name_or_path: str, dtype: str = "auto", *, quantization: str = "none", **kwargs: Any
+) -> PreTrainedModel:
     """Loads a causal language model.
 
     Args:
         name_or_path: A hub id or a local folder.
         dtype: "auto" keeps the checkpoint's; or the name of a floating-point type.
+        quantization: "nf4" (bitsandbytes) or "int8" (torchao, weights only) quantises the weights while loading.
         kwargs: For Transformers' `from_pretrained`, such as `quantization_config` or `device_map`.
 
     Raises:
@@ -34,9 +38,40 @@ def load_base(name_or_path: str, dtype: str = "auto", **kwargs: Any) -> PreTrain
         raise ConfigError.of(
             "dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them"
         )
+    if quantization != "none":
+        kwargs["quantization_config"] = _quantization(quantization, dtype)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     with explained("model_name_or_path", name_or_path):
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=wanted, **kwargs)
+
+
+def _quantization(kind: str, dtype: str) -> Any:
+    """Transformers' configuration for a kind of quantisation.
+
+    Raises:
+        ConfigError: The kind is unknown, or its package is not installed.
+    """
+    packages = {"nf4": "bitsandbytes", "int8": "torchao"}
+    if kind not in packages:
+        raise ConfigError.of(
+            "quantization", kind, rule="it must be none, nf4 or int8", fix="pick one of them"
+        )
+    if find_spec(packages[kind]) is None:
+        raise ConfigError.of(
+            "quantization", kind, rule=f"it needs the package {packages[kind]}, which is not installed",
+            fix="run `pip install srde[quant]`",
+        )  # fmt: skip
+    if kind == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.float32 if dtype == "float32" else torch.bfloat16
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def load_adapter(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from srde.errors import ConfigError
 from srde.tuner.control import no_adapter
@@ -14,8 +16,9 @@ def prune_adapter(
     sparsity: float,
     adapter: str = "default",
     optimizer: torch.optim.Optimizer | None = None,
-) -> None:
-    """Keeps, in every expert, the values of largest size; parameters, masks and optimizer state shrink together.
+    scores: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Keeps, in every expert, what is worth most; parameters, masks and optimizer state shrink together.
 
     The pruned model equals the unpruned one with the dropped values at zero.
 
@@ -24,6 +27,11 @@ def prune_adapter(
         sparsity: The share of the MLP's weights that an expert rewrites afterwards, at most the present one.
         adapter: The adapter's name.
         optimizer: Its state of the pruned parameters (momenta, of the parameters' shape) is pruned alike.
+        scores: The worth of each rewritten thing by the layer's name, shaped like its `index`; the size of its change, if
+            left out.
+
+    Returns:
+        What survived in each layer, as positions into the last axis of `index` as it was before.
 
     Raises:
         ConfigError: The sparsity is not above 0, or above the present one.
@@ -40,9 +48,10 @@ def prune_adapter(
             rule=f"pruning leads to less than the present {config.current_sparsity:g}, and above 0",
             fix="name a smaller share",
         )
+    survivors = {}
     for layer in layers:
         delta = layer.srde_experts[adapter]
-        kept = delta.prune(sparsity)
+        kept = survivors[layer.name] = delta.prune(sparsity, None if scores is None else scores[layer.name])
         if optimizer is not None:
             state = optimizer.state.get(delta.values, {})
             for name, value in state.items():
@@ -50,3 +59,4 @@ def prune_adapter(
                     state[name] = delta.take(kept, value)
         delta.shrink(kept)
     config.sparsity = sparsity
+    return survivors

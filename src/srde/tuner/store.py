@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from srde.artifacts import MANIFEST_NAME, atomic_folder, sweep, verify, write_manifest
 from srde.errors import ArtifactError, UsageError
+from srde.tuner.control import no_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -95,6 +96,20 @@ def check_adapter(folder: str | os.PathLike[str], subfolder: str | None = None) 
     roll_forward(place)
     if (place / MANIFEST_NAME).is_file():
         verify(place, only=ADAPTER_FILES)
+
+
+def resize_adapter(model: nn.Module, sparsity: float, adapter: str = "default") -> None:
+    """Gives an adapter's deltas the shapes of a sparsity, zero and without masks, to load saved ones into.
+
+    Raises:
+        UsageError: The model has no such adapter.
+    """
+    layers = [layer for layer in model.srde.layers.values() if adapter in layer.srde_experts]
+    if not layers:
+        raise no_adapter(model.srde.layers.values(), adapter)
+    model.peft_config[adapter].sparsity = sparsity
+    for layer in layers:
+        layer.srde_experts[adapter].resize(sparsity)
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
