@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -320,9 +320,17 @@ def starting_config(experts: Any) -> SrdeConfig:
     return SrdeConfig(task_type="CAUSAL_LM", sparsity=experts.initial_sparsity, **settings)
 
 
+class _Flags(HfArgumentParser):
+    """Says what is wrong in one line, and not all flags that there are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process as argparse does."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parser() -> HfArgumentParser:
     """The flags of `srde train`."""
-    return HfArgumentParser(
+    return _Flags(
         (ModelArguments, DataArguments, ExpertArguments, RunArguments), prog="srde train", allow_abbrev=False
     )
 

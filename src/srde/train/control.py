@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from srde.train.supervision import Supervision
 from srde.train.masks import MaskLearner
 from srde.train.phases import Phase, Phases
 from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
+from srde.train.supervision import Supervision
 from srde.train.warm_start import WarmStart, warm_start
 from srde.tuner.calibrate import calibrate_masks
 from srde.tuner.layer import SrdeLayer

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from srde.core import (
+    Delta,
     Route,
+    Router,
     load_balancing_loss,
     orthogonality_loss,
     router_supervision_loss,
@@ -33,31 +35,33 @@ NAMES = ("router_aux_loss", "router_z_loss", "orthogonality_loss", "sparsity_los
 """The losses; each has a weight in `SrdeConfig` named `<loss>_coef`."""
 
 
-def auxiliary_losses(
-    routing: Routing, call: RoutedCall, config: SrdeConfig, adapter: str
-) -> dict[str, Tensor]:
+def delta_losses(delta: Delta, router: Router) -> dict[str, Tensor]:
+    """The two losses on the experts' values, of one layer: `Routing.measure` of a training run."""
+    return {
+        "orthogonality_loss": orthogonality_loss(delta, router.locked),
+        "sparsity_loss": sparsity_loss(delta, router.locked),
+    }
+
+
+def auxiliary_losses(call: RoutedCall, config: SrdeConfig, adapter: str) -> dict[str, Tensor]:
     """The losses whose weight is not 0, each a mean over the layers, unweighted.
 
     Args:
-        routing: The model's `srde`.
-        call: What the routers decided in the forward that the loss belongs to.
+        call: What the routers decided in the forward that the loss belongs to, with `Routing.measure` set to `delta_losses`.
         config: The adapter's settings.
         adapter: Its name.
     """
     routes: dict[str, Route] = {
         layer: route for (layer, name), route in call.routes.items() if name == adapter
     }
-    routers = [routing.layers[layer].srde_router[adapter] for layer in routes]
-    deltas = [routing.layers[layer].srde_experts[adapter] for layer in routes]
+    measured = [call.measured[layer, adapter] for layer in routes]
     compute = {
         "router_aux_loss": lambda: [
             load_balancing_loss(r, config.num_experts, call.mask_T) for r in routes.values()
         ],
         "router_z_loss": lambda: [router_z_loss(r, call.mask_T) for r in routes.values()],
-        "orthogonality_loss": lambda: [
-            orthogonality_loss(d, r.locked) for d, r in zip(deltas, routers, strict=True)
-        ],
-        "sparsity_loss": lambda: [sparsity_loss(d, r.locked) for d, r in zip(deltas, routers, strict=True)],
+        "orthogonality_loss": lambda: [one["orthogonality_loss"] for one in measured],
+        "sparsity_loss": lambda: [one["sparsity_loss"] for one in measured],
     }
     return {
         name: torch.stack(compute[name]()).mean() for name in NAMES if getattr(config, f"{name}_coef") > 0
@@ -109,6 +113,7 @@ class SrdeLossMixin(_Base):
             self.language_loss = (result[0] if return_outputs else result).detach()
             return result
         forced = self._forced(domain_ids, inputs.get("position_ids"))
+        routing.measure = delta_losses
         with routing.record() as record, nullcontext() if forced is None else routing.force_experts(forced):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
@@ -126,7 +131,7 @@ class SrdeLossMixin(_Base):
             config = configs[adapter]
             weighted = {
                 name: (getattr(config, f"{name}_coef"), value)
-                for name, value in auxiliary_losses(routing, record.calls[0], config, adapter).items()
+                for name, value in auxiliary_losses(record.calls[0], config, adapter).items()
             }
             if forced is not None and self.supervision is not None:
                 routes = [r for (_, name), r in record.calls[0].routes.items() if name == adapter]

@@ -294,7 +294,9 @@ class _Run:
     ) -> dict[str, Any]:
         args, record = self.args, self.record
         step = _step_of(found)
-        record.resume(-1 if found is None else step)  # without a checkpoint, whatever there was is not this run's
+        record.resume(
+            -1 if found is None else step
+        )  # without a checkpoint, whatever there was is not this run's
         attempt = os.environ.get(ATTEMPT)
         facts = {"step": step, "max_steps": args.max_steps} | ({"attempt": attempt} if attempt else {})
         if found is None:
@@ -319,7 +321,7 @@ class _Run:
         metrics |= {"tokens_seen": trainer.run.tokens, "skipped_steps": trainer.run.skipped}
         if args.eval_strategy != "no":
             if trainer.last_measurement is None:
-                trainer.evaluate()
+                trainer.measure_held_out()
             metrics |= self._held_out(trainer)
         return metrics | {"seconds": time.perf_counter() - start}
 

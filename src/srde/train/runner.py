@@ -284,13 +284,8 @@ class RunTrainer(SrdeTrainer):
         step = self.state.global_step
         self.record.beat("evaluating", step)
         start = time.monotonic()
-        untrained = step <= self.first_trained
-        model = self.model.eval()
-        with self._base() if untrained else nullcontext():
-            found = measure(model, self._held_out(eval_dataset), gather=self._gather, check=self._check_stop)
-        model.train()
-        self.last_measurement = found
-        if untrained:
+        found = self.measure_held_out(eval_dataset)
+        if step <= self.first_trained:
             self.run.base = {
                 "loss": found.loss,
                 "domains": {str(d): v for d, (v, _) in found.domains.items()},
@@ -308,6 +303,16 @@ class RunTrainer(SrdeTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.record.beat("training", step)
         return metrics
+
+    def measure_held_out(self, dataset: Dataset[Any] | None = None) -> Measurement:
+        """Runs the held-out rows, and writes nothing; before anything is trained, through the base."""
+        untrained = self.state.global_step <= self.first_trained
+        model = self.model.eval()
+        with self._base() if untrained else nullcontext():
+            found = measure(model, self._held_out(dataset), gather=self._gather, check=self._check_stop)
+        model.train()
+        self.last_measurement = found
+        return found
 
     def _held_out(self, dataset: Dataset[Any] | None) -> Any:
         """Batches of this process: every n-th; where they do not divide evenly, some of no weight, so that all are as many."""

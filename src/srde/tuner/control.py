@@ -5,7 +5,7 @@ Letters: B sequences, S positions, T tokens (B * S), E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from srde.core import MlpLayout, Path, Route
+from srde.core import Delta, MlpLayout, Path, Route, Router
 from srde.errors import ConfigError, SrdeError, UsageError
 
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ class RoutedCall:
     Attributes:
         routes: (layer name, adapter name) -> the route of its T tokens, in the model's order.
         mask_T: 1 for tokens, 0 for padding; None when the call had no two-dimensional attention mask.
+        measured: The same keys -> what `Routing.measure` gave for that layer.
     """
 
     routes: dict[tuple[str, str], Route] = field(default_factory=dict)
     mask_T: Tensor | None = None
+    measured: dict[tuple[str, str], dict[str, Tensor]] = field(default_factory=dict)
 
     def kept(self, values_T: Tensor) -> Tensor:
         """The entries of the tokens that are not padding."""
@@ -98,12 +100,16 @@ class Routing:
         sites: The MLPs that can carry experts, module name -> layout; looked up once, on the bare model.
         layers: The MLPs that do, module name -> layer.
         path: Forces one of the two compute paths, "masked" or "grouped"; None lets each layer choose the cheaper.
+        measure: Called with each layer's delta and router inside its forward, in training mode: the one place where their
+            parameters are whole under FSDP2 and ZeRO-3. Not only while recording, because a checkpointed layer must do the
+            same things again in backward.
     """
 
     def __init__(self, sites: dict[str, MlpLayout]) -> None:
         self.sites = sites
         self.layers: dict[str, SrdeLayer] = {}
         self.path: Path | None = None
+        self.measure: Callable[[Delta, Router], dict[str, Tensor]] | None = None
         self.hooks: list[RemovableHandle] = []
         self._forced: Tensor | int | None = None
         self._mask: Tensor | None = None
@@ -210,10 +216,12 @@ class Routing:
             forced = forced.repeat_interleave(tokens // len(forced))
         return forced.reshape(-1).to(x.device)
 
-    def note(self, layer: str, adapter: str, route: Route) -> None:
-        """Called by each layer with each route."""
+    def note(self, layer: str, adapter: str, route: Route, delta: Delta, router: Router) -> None:
+        """Called by each layer with each route, and whose it is."""
+        measured = self.measure(delta, router) if self.measure is not None and delta.training else {}
         for record in self._records:
             record._add(layer, adapter, route, self._mask)
+            record.calls[-1].measured[layer, adapter] = measured
 
     def begin(self, module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model and of its decoder, which trainers also call alone: remembers which

@@ -125,9 +125,12 @@ class SrdeLayer(_Wrapper):
             if adapter in routers:
                 if adapter in self._unset:
                     self._check_set(adapter)
-                route = routers[adapter](x.reshape(-1, x.shape[-1]), forced)
-                self.routing.note(self.name, adapter, route)
-                experts.append((self.srde_experts[adapter], route))
+                # `forward` and not a call: ZeRO-3 hooks a module's output tensors, and a route is none; so the router's weight
+                # counts as this layer's own, like the delta's values
+                route = routers[adapter].forward(x.reshape(-1, x.shape[-1]), forced)
+                delta = self.srde_experts[adapter]
+                self.routing.note(self.name, adapter, route, delta, routers[adapter])
+                experts.append((delta, route))
         return experts
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
