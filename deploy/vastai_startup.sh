@@ -24,8 +24,8 @@ TRAIN_ARGS="${TRAIN_ARGS:-}"             # further flags of srde train, separate
 
 set -euo pipefail
 
-readonly STOPPED=75 LONGEST_PAUSE=600 SHORTEST_SECRET=8
-CHILD="" SIGNALLED=0 STOPPING=0 LOGGER=""
+readonly STOPPED=75 LONGEST_PAUSE=600 SHORTEST_SECRET=8 LONG_NAP=0.1
+CHILD="" STOPPING=0 LOGGER=""
 
 # Everything is a function, and the last line calls one: of a script that is piped into bash and cut off, nothing runs.
 
@@ -35,6 +35,7 @@ main() {
   trap finish EXIT
   exec > >(exec 9>&-; write_log) 2>&1
   LOGGER=$!
+  exec {NEVER}<> <(:) # a pipe to read from that never has anything
 
   say "starting: $MODEL_NAME, $MAX_STEPS steps, into $OUTPUT_DIR"
   if is_complete; then
@@ -182,13 +183,14 @@ curl_option() {
 }
 
 on_signal() {
-  STOPPING=1 SIGNALLED=1
+  STOPPING=1
   if [[ -n $CHILD ]]; then kill -TERM "$CHILD" 2>/dev/null || true; fi
 }
 
 finish() {
   local status=$?
   trap - EXIT
+  trap '' TERM INT HUP
   rm -f "$WORK_DIR/startup.pid"
   exec >&- 2>&-
   wait "$LOGGER" || true
@@ -197,15 +199,16 @@ finish() {
 
 # Runs a command so that a signal to this script reaches it at once; its exit status. Standard input may be this script.
 run() {
-  local status=0
+  local status=0 nap=0.02
   "$@" </dev/null &
   CHILD=$!
   if ((STOPPING)); then kill -TERM "$CHILD" 2>/dev/null || true; fi # the signal came before there was a child
-  while :; do
-    SIGNALLED=0
-    wait "$CHILD" && status=0 || status=$?
-    ((SIGNALLED)) || break # else `wait` was interrupted, and the command is still ending
+  # Not `wait` alone: bash loses the status of a command that ends just when a signal interrupts its `wait`.
+  while kill -0 "$CHILD" 2>/dev/null; do
+    read -r -t "$nap" -u "$NEVER" || true
+    nap=$LONG_NAP
   done
+  wait "$CHILD" || status=$?
   CHILD=""
   return "$status"
 }

@@ -117,7 +117,10 @@ class Delta(nn.Module):
         """Whether no two experts rewrite the same thing. Looked up again only after the masks have changed."""
         key = (self.index.data_ptr(), self.index._version)
         if self._disjoint is None or self._disjoint[0] != key:
-            position_EN, _ = self.usage()
+            with (
+                torch.no_grad()
+            ):  # a checkpointed layer must save as many tensors in its second forward as in its first
+                position_EN, _ = self.usage()
             self._disjoint = key, len(position_EN.unique()) == position_EN.numel()
         return self._disjoint[1]
 

@@ -125,7 +125,7 @@ class RunArguments(TrainingArguments):
     max_steps: int = field(
         default=-1,
         metadata={
-            "help": "Optimizer steps in all, from which the phases' lengths follow; 5,000, if --num_train_epochs is not given either."
+            "help": "Optimizer steps; the phases' lengths follow from it. 5,000, without --num_train_epochs too."
         },
     )
     num_train_epochs: float = field(
@@ -290,9 +290,9 @@ class RunArguments(TrainingArguments):
 
 
 _BY_HAND = (
-    "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed", "null_expert",
-    "num_shared_experts", "router_temperature", "router_aux_loss_coef", "router_z_loss_coef", "orthogonality_loss_coef", "sparsity_loss_coef",
-    "layers_to_transform", "target_modules",
+    "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed",
+    "null_expert", "num_shared_experts", "router_temperature", "router_aux_loss_coef", "router_z_loss_coef",
+    "orthogonality_loss_coef", "sparsity_loss_coef", "layers_to_transform", "target_modules",
 )  # fmt: skip
 _DEFAULTS = {"mask_init": "learned"}
 _AS_FLAG = {"layers_to_transform": list[int] | None, "target_modules": list[str] | None}

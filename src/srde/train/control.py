@@ -1,7 +1,7 @@
 """Applies what changes over a run: phases, masks, warm start, temperature, locks, sparsity. One callback, one place.
 
-Everything here is a function of the step, of the run's data and of a state that checkpoints keep (`tensors`); so a run that goes on
-from a checkpoint does the same things at the same steps. What happens once, at the border of two phases, happens at the
+Everything here is a function of the step, of the run's data and of a state that checkpoints keep (`tensors`); so a run that
+goes on from a checkpoint does the same things at the same steps. What happens once, at the border of two phases, happens at the
 *beginning* of the later phase's first step: a checkpoint written between the two has not seen it, and the resumed run does it.
 """
 
@@ -271,7 +271,7 @@ class Controller(TrainerCallback):
         return layer.srde_experts[self.adapter].size() * importance.sigmoid()
 
 
-def unlock_span(phases: Phases) -> tuple[int, int]:
-    """The steps over which experts are unlocked: the first third of those that route tokens and train values."""
+def unlock_span(phases: Phases, steps: int | None = None) -> tuple[int, int]:
+    """The steps over which experts are unlocked: so many, or the first third, of those that route tokens and train values."""
     start = next((p.start for p in phases if p.values and p.name != "expert_pretraining"), phases.max_steps)
-    return start, start + max(1, (phases.max_steps - start) // 3)
+    return start, start + (max(1, (phases.max_steps - start) // 3) if steps is None else steps)

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 
 from srde.artifacts import sweep
 from srde.data.pack import packing_is_exact
-from srde.data.tokenizers import load_tokenizer, tokenizer_fingerprints
+from srde.data.tokenizers import load_tokenizer
 from srde.errors import ConfigError, StoppedError
 from srde.monitor.log import read_json, replace_json
 from srde.monitor.notify import Notifier, webhook_url_from
@@ -27,12 +27,14 @@ from srde.train import checkpoint
 from srde.train.arguments import DataArguments, ModelArguments, RunArguments, starting_config
 from srde.train.control import Controller, Settings, unlock_span
 from srde.train.data import TrainingData, open_data
+from srde.train.identity import identity
 from srde.train.lock import lock
 from srde.train.measure import specialisation
 from srde.train.phases import Phases, plan_phases
 from srde.train.record import Record
 from srde.train.runner import RunTrainer
 from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
+from srde.train.state import RunState
 from srde.train.stop import StopSignal, stopped
 from srde.train.supervision import Supervision, domain_table
 from srde.tuner import SrdeConfig
@@ -157,13 +159,13 @@ class _Run:
         self._settle_arguments(data)
         phases = self._phases()
         model = get_peft_model(base, self.config)
-        identity = self._identity(model, tokenizer, data, phases)
+        about = identity(self.model_args, self.data_args, args, model, tokenizer, data, phases)
         state: dict[str, Any] = {}
         if found is not None:
             state, _ = checkpoint.read_state(found)
-            checkpoint.compare(state["identity"], identity, args.allow_changed or (), found)
-        trainer = self._trainer(model, tokenizer, data, phases, identity)
-        self._describe(model, data, phases, identity)
+            checkpoint.compare(state["identity"], about, args.allow_changed or (), found)
+        trainer = self._trainer(model, tokenizer, data, phases, about)
+        self._describe(model, data, phases, about)
         metrics = self._train(trainer, data, found, state)
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(str(self.folder))
@@ -187,7 +189,8 @@ class _Run:
         given = self.model_args
         kwargs = {"attn_implementation": given.attn_implementation} if given.attn_implementation else {}
         dtype = "bfloat16" if given.dtype == "auto" and self.args.bf16 else given.dtype
-        return load_base(given.model_name_or_path, dtype, quantization=given.quantization, **kwargs)
+        with _unpartitioned(self.args):
+            return load_base(given.model_name_or_path, dtype, quantization=given.quantization, **kwargs)
 
     def _settle_arguments(self, data: TrainingData) -> None:
         """What depends on the data: evaluation, the number of steps."""
@@ -227,7 +230,7 @@ class _Run:
         tokenizer: PreTrainedTokenizerBase,
         data: TrainingData,
         phases: Phases,
-        identity: dict[str, Any],
+        about: dict[str, Any],
     ) -> RunTrainer:
         args, config = self.args, self.config
         table = domain_table(data.domains, config.num_experts, args.domain_experts)
@@ -238,7 +241,7 @@ class _Run:
             supervision = Supervision(end, config.num_experts, start=start, table=table)
         elif args.warm_start == "domains":
             supervision = Supervision(0, config.num_experts, table=table)
-        start, end = unlock_span(phases)
+        start, end = unlock_span(phases, args.unlock_steps)
         last = config.router_temperature
         settings = Settings(
             phases=phases,
@@ -248,12 +251,7 @@ class _Run:
             temperature=LinearSchedule(
                 args.router_temperature_start or last, last, phases.first_trained, max(args.max_steps // 2, 1)
             ),
-            unlock=UnlockSchedule(
-                args.progressive_unlock,
-                config.num_experts,
-                start,
-                end if args.unlock_steps is None else start + args.unlock_steps,
-            ),  # fmt: skip
+            unlock=UnlockSchedule(args.progressive_unlock, config.num_experts, start, end),
             prune_by=args.prune_by,
             warm_start=args.warm_start,
             mask_init=config.mask_init,
@@ -277,12 +275,14 @@ class _Run:
             controller=controller,
             record=self.record,
             stop=self.stop,
-            identity=identity,
+            identity=about,
             domain_names=data.domains,
             nan_policy=args.nan_policy,
             max_skipped_steps=args.max_skipped_steps,
         )
         trainer.supervision = supervision
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            _require_whole(config, args)
         if self.callbacks:
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -309,6 +309,8 @@ class _Run:
             found is None or bool(state.get("run", {}).get("pending"))
         )
         start = time.perf_counter()
+        if found is not None:
+            trainer.restore(found, state, RunState(**state["run"]))
         if found is not None and step >= args.max_steps:
             self._restore_finished(trainer, found)
         else:
@@ -350,47 +352,7 @@ class _Run:
 
     # ---- what the run says about itself -----------------------------------------------------------------------------
 
-    def _identity(
-        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, data: TrainingData, phases: Phases
-    ) -> dict[str, Any]:
-        """Everything that the trained numbers depend on, by the name of the flag that sets it."""
-        args, config = self.args, self.config
-        experts = {
-            name: getattr(config, name) for name in (
-                "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed",
-                "null_expert", "num_shared_experts", "router_temperature", "router_aux_loss_coef", "router_z_loss_coef",
-                "orthogonality_loss_coef", "sparsity_loss_coef", "layers_to_transform", "target_modules",
-            )
-        }  # fmt: skip
-        settings = {
-            name: getattr(args, name) for name in (
-                "seed", "data_seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
-                "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
-                "bf16", "use_muon", "supervised_experts", "domain_experts", "warm_start", "progressive_unlock",
-                "unlock_steps", "router_temperature_start", "prune_by", "torch_compile", "label_smoothing_factor",
-            )
-        }  # fmt: skip
-        named = {"lr_scheduler_type": str(args.lr_scheduler_type), "optim": str(args.optim)}
-        lengths = {
-            "phase_warmup_steps": "warm_up", "mask_learning_steps": "mask_learning", "delta_training_steps": "delta_training",
-            "expert_pretrain_steps": "expert_pretraining",
-        }  # fmt: skip
-        ends = {flag: [p.start, p.end] for flag, name in lengths.items() for p in phases if p.name == name}
-        return {
-            "model_name_or_path": model.peft_config["default"].base_fingerprint,
-            "tokenizer": tokenizer_fingerprints(tokenizer)["vocabulary"],
-            "train_file" if self.data_args.train_file else "pretokenized_dir": data.fingerprint,
-            "max_length": self.data_args.max_length,
-            "packing": data.facts["packed"],
-            "data_order": self.data_args.data_order,
-            "dtype": str(model.dtype),
-            "quantization": self.model_args.quantization,
-            **experts, **settings, **named, **ends,
-        }  # fmt: skip
-
-    def _describe(
-        self, model: PeftModel, data: TrainingData, phases: Phases, identity: dict[str, Any]
-    ) -> None:
+    def _describe(self, model: PeftModel, data: TrainingData, phases: Phases, about: dict[str, Any]) -> None:
         args, config = self.args, self.config
         self.record.describe(
             {
@@ -404,7 +366,7 @@ class _Run:
                 "logging_steps": int(args.logging_steps),
                 "model": self.model_args.model_name_or_path,
                 "trained_parameters": trained_parameters(model),
-                "identity": identity,
+                "identity": about,
             }
         )
 
@@ -421,6 +383,40 @@ class _Run:
             save_plots(read_run(self.folder, verify_seconds=0), self.folder / "plots")
         except OSError as error:
             logger.warning("the plots could not be written: %s", error)
+
+
+@contextmanager
+def _unpartitioned(args: RunArguments) -> Iterator[None]:
+    """Keeps Transformers from partitioning the base while it loads (ZeRO-3): masks and layouts are read off whole weights.
+    DeepSpeed partitions it when the engine is made."""
+    if (settings := getattr(args, "hf_deepspeed_config", None)) is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(settings)
+
+
+def _require_whole(config: SrdeConfig, args: RunArguments) -> None:
+    """Refuses what needs whole parameters, under engines that hold them in parts.
+
+    Raises:
+        ConfigError: Sparsity is to fall, or Muon is to be used.
+    """
+    rule = "FSDP and DeepSpeed hold parameters in parts"
+    if config.initial_sparsity != config.target_sparsity:
+        raise ConfigError.of(
+            "initial_sparsity", config.initial_sparsity, rule=f"{rule}, which cannot be pruned",
+            fix=f"pass --initial_sparsity {config.target_sparsity:g} too, or train with DDP",
+        )  # fmt: skip
+    if args.use_muon:
+        raise ConfigError.of(
+            "use_muon", True, rule=f"{rule}, and Muon needs whole matrices", fix="train with DDP"
+        )
 
 
 def _step_of(found: Path | None) -> int:

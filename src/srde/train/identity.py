@@ -1,0 +1,58 @@
+"""What a run is made with: all that its numbers depend on. A checkpoint keeps it, and a run that goes on is compared with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from srde.data.tokenizers import tokenizer_fingerprints
+from srde.train.arguments import DataArguments, ModelArguments, RunArguments
+from srde.train.data import TrainingData
+from srde.train.phases import Phases
+
+
+def identity(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RunArguments,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    phases: Phases,
+) -> dict[str, Any]:
+    """Everything that the trained numbers depend on, by the name of the flag that sets it."""
+    config = model.peft_config["default"]
+    experts = {
+        name: getattr(config, name) for name in (
+            "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed",
+            "null_expert", "num_shared_experts", "router_temperature", "router_aux_loss_coef", "router_z_loss_coef",
+            "orthogonality_loss_coef", "sparsity_loss_coef", "layers_to_transform", "target_modules",
+        )
+    }  # fmt: skip
+    settings = {
+        name: getattr(args, name) for name in (
+            "seed", "data_seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+            "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
+            "bf16", "use_muon", "supervised_experts", "domain_experts", "warm_start", "progressive_unlock",
+            "unlock_steps", "router_temperature_start", "prune_by", "torch_compile", "label_smoothing_factor",
+        )
+    }  # fmt: skip
+    named = {"lr_scheduler_type": str(args.lr_scheduler_type), "optim": str(args.optim)}
+    lengths = {
+        "phase_warmup_steps": "warm_up", "mask_learning_steps": "mask_learning", "delta_training_steps": "delta_training",
+        "expert_pretrain_steps": "expert_pretraining",
+    }  # fmt: skip
+    ends = {flag: [p.start, p.end] for flag, name in lengths.items() for p in phases if p.name == name}
+    return {
+        "model_name_or_path": model.peft_config["default"].base_fingerprint,
+        "tokenizer": tokenizer_fingerprints(tokenizer)["vocabulary"],
+        "train_file" if data_args.train_file else "pretokenized_dir": data.fingerprint,
+        "max_length": data_args.max_length,
+        "packing": data.facts["packed"],
+        "data_order": data_args.data_order,
+        "dtype": str(model.dtype),
+        "quantization": model_args.quantization,
+        **experts, **settings, **named, **ends,
+    }  # fmt: skip
