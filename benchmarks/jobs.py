@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from srde.train.losses import auxiliary_losses
+from srde.train.losses import auxiliary_losses, delta_losses
 from variants import Variant
 
 
@@ -93,9 +93,10 @@ def _loss(variant: Variant, ids: Tensor) -> Tensor:
     if variant.kind != "srde":
         return variant.model(input_ids=ids, labels=ids, use_cache=False).loss
     routing, config = variant.model.srde, variant.model.peft_config["default"]
+    routing.measure = delta_losses
     with routing.record() as record:
         loss = variant.model(input_ids=ids, labels=ids, use_cache=False).loss
-    for name, value in auxiliary_losses(routing, record.calls[0], config, "default").items():
+    for name, value in auxiliary_losses(record.calls[0], config, "default").items():
         loss = loss + getattr(config, f"{name}_coef") * value
     return loss
 

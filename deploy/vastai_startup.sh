@@ -24,7 +24,7 @@ TRAIN_ARGS="${TRAIN_ARGS:-}"             # further flags of srde train, separate
 
 set -euo pipefail
 
-readonly STOPPED=75 LONGEST_PAUSE=600 SHORTEST_SECRET=8 LONG_NAP=0.1
+readonly STOPPED=75 LONGEST_PAUSE=600 SHORTEST_SECRET=8 LONGEST_NAP=500
 CHILD="" STOPPING=0 LOGGER=""
 
 # Everything is a function, and the last line calls one: of a script that is piped into bash and cut off, nothing runs.
@@ -197,16 +197,18 @@ finish() {
   exit "$status"
 }
 
-# Runs a command so that a signal to this script reaches it at once; its exit status. Standard input may be this script.
+# Runs a command so that a signal to this script reaches it at once; its exit status. In the background, its standard
+# input is /dev/null, and not this script that bash may be reading from there.
 run() {
-  local status=0 nap=0.02
-  "$@" </dev/null &
+  local status=0 milliseconds=5 nap
+  "$@" &
   CHILD=$!
   if ((STOPPING)); then kill -TERM "$CHILD" 2>/dev/null || true; fi # the signal came before there was a child
   # Not `wait` alone: bash loses the status of a command that ends just when a signal interrupts its `wait`.
   while kill -0 "$CHILD" 2>/dev/null; do
+    printf -v nap '0.%03d' "$milliseconds"
     read -r -t "$nap" -u "$NEVER" || true
-    nap=$LONG_NAP
+    if ((milliseconds < LONGEST_NAP)); then milliseconds=$((milliseconds * 5 / 4)); fi
   done
   wait "$CHILD" || status=$?
   CHILD=""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -123,10 +124,17 @@ def start(env: dict[str, str], *, piped: bool = False, flags=()) -> subprocess.P
             stdin.close()
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to the script and to everything that it has started."""
+def kill_all(process: subprocess.Popen, work: Path) -> None:
+    """SIGKILL to the script and to everything that it has started; returns when all of them are gone.
+
+    Args:
+        process: The script.
+        work: Its work folder, whose lock all of them hold.
+    """
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    with (work / "startup.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def environment(folder: Path, srde: str) -> Path:

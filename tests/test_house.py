@@ -28,7 +28,7 @@ FLOORS = [
     {"errors"},
     {"progress"},
     {"core"},
-    {"artifacts"},
+    {"artifacts", "recipes"},
     {"data"},
     {"tuner"},
     {"monitor"},

@@ -2,7 +2,7 @@ import pytest
 import torch
 from reference import Gated, build
 
-from srde.core import DELTAS, count_rewritten, deal, gradient_scores, magnitude_scores, random_scores
+from srde.core import DELTAS, count_rewritten, deal, draft, gradient_scores, magnitude_scores, random_scores
 
 
 def test_the_best_are_dealt_round_robin_and_nobody_shares():
@@ -62,3 +62,53 @@ def test_random_masks_repeat_by_seed_and_differ_by_seed(granularity):
         return delta.index.clone()
 
     assert torch.equal(masks(1), masks(1)) and not torch.equal(masks(1), masks(2))
+
+
+def slow_draft(score, count):
+    """Turn by turn, looking at every score each time; then each expert's own best, as far as it lacks some."""
+    experts, size = score.shape
+    score, chosen, turns = score.tolist(), [[] for _ in range(experts)], min(count, size // experts)
+    for turn in range(turns):
+        for e in range(experts) if turn % 2 == 0 else range(experts - 1, -1, -1):
+            free = [f for f in range(size) if not any(f in own for own in chosen)]
+            chosen[e].append(max(free, key=lambda f: (score[e][f], -f)))  # noqa: B023
+    for e, own in enumerate(chosen):
+        while len(own) < count:
+            own.append(max((f for f in range(size) if f not in own), key=lambda f: (score[e][f], -f)))  # noqa: B023
+    return [sorted(own) for own in chosen]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "size", "count"),
+    [(3, 30, 4), (4, 20, 5), (3, 20, 6), (2, 7, 7), (3, 7, 5), (5, 4, 2), (1, 9, 3), (4, 11, 1)],
+)
+def test_experts_draft_in_turn_what_they_score_best(experts, size, count, ties):
+    for seed in range(5):
+        score = torch.randn(experts, size, generator=torch.Generator().manual_seed(seed))
+        score = score.round() if ties else score
+        drafted = draft(score, count)
+        assert drafted.tolist() == slow_draft(score, count)
+        assert drafted.dtype == torch.long and all(len(set(own)) == count for own in drafted.tolist())
+        if experts * count <= size:
+            assert len(drafted.unique()) == experts * count
+        else:
+            assert len(drafted.unique()) >= size // experts * experts
+
+
+def test_who_begins_changes_from_round_to_round():
+    score = torch.arange(6, 0, -1.0).expand(2, -1)
+    assert draft(score, 3).tolist() == [[0, 3, 4], [1, 2, 5]]
+
+
+def test_an_expert_that_has_learned_nothing_takes_the_first_that_are_free():
+    score = torch.tensor([[0.0, 0, 0, 0, 0, 0], [9.0, 8, 0, 0, 0, 0]])
+    assert draft(score, 2).tolist() == [[0, 3], [1, 2]]  # ties go to the lower number
+    assert draft(torch.zeros(3, 6), 2).tolist() == [[0, 5], [1, 4], [2, 3]]
+
+
+def test_a_delta_takes_the_masks_its_experts_chose():
+    _, _, delta, _ = build("gated", "neuron", experts=4, sparsity=0.2)
+    score = torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
+    delta.set_own_masks(score)
+    assert torch.equal(delta.index, draft(score, 4)) and delta.disjoint()

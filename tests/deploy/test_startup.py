@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ def whole_checkpoints(output: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.security
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(
     any(shutil.which(name) is None for name in ("bash", "curl", "flock", "sha256sum")),
     reason="bash, curl, flock or sha256sum is missing: the startup script is NOT tested",
@@ -68,11 +70,15 @@ def test_killed_in_the_middle_and_started_again(tmp_path):
         while not whole_checkpoints(output) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)  # another process's folder: there is nothing to wait for
         assert process.poll() is None, process.communicate()[0]
-        kill_all(process)
+        kill_all(process, work)
         assert whole_checkpoints(output) and not (output / "adapter_model.safetensors").exists()
 
         process = start(env)
-        out, _ = process.communicate(timeout=100)
+        try:
+            out, _ = process.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            kill_all(process, work)
+            raise
         assert process.returncode == 0, out
         bodies = hook.wait(3)
 

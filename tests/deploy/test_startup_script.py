@@ -63,6 +63,7 @@ class Room:
         self.folder = folder
         self.work = folder / "work"
         self.bin = folder / "bin"
+        self.started: list[subprocess.Popen] = []
         self.bin.mkdir()
         self.program("sleep", f'echo "$@" >>"{folder}/pauses"')
         self.env = {
@@ -87,16 +88,14 @@ class Room:
         (self.folder / "ends").write_text(" ".join(map(str, ways)))
 
     def start(self, *, piped=False, flags=(), **env: str):
-        return start(self.env | env, piped=piped, flags=flags)
+        process = start(self.env | env, piped=piped, flags=flags)
+        self.started.append(process)
+        return process
 
     def run(self, *, piped=False, flags=(), **env: str) -> tuple[int, str]:
         """Exit status and output."""
         process = self.start(piped=piped, flags=flags, **env)
-        try:
-            out, _ = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            kill_all(process)
-            raise
+        out, _ = process.communicate(timeout=60)
         return process.returncode, out
 
     @property
@@ -124,7 +123,11 @@ class Room:
 
 @pytest.fixture
 def room(tmp_path):
-    return Room(tmp_path)
+    one = Room(tmp_path)
+    yield one
+    for process in one.started:
+        if process.poll() is None:
+            kill_all(process, one.work)
 
 
 @pytest.fixture
@@ -296,7 +299,7 @@ def test_only_one_at_a_time(room, data):
     room.until("ready")
     status, out = room.run()
     assert status == 1 and f"another one is at work in {room.work} (process {process.pid})" in out
-    kill_all(process)
+    kill_all(process, room.work)
     room.ends(0)
     assert room.run()[0] == 0
 
@@ -326,7 +329,7 @@ def test_a_download_that_was_killed_goes_on_where_it_ended(room, data):
         if parts and parts[0].stat().st_size:
             break
         threading.Event().wait(0.01)
-    kill_all(process)
+    kill_all(process, room.work)
     size = parts[0].stat().st_size
     data.hold.set()
     assert 0 < size <= 40_000 and not list((room.work / "data").glob("*.jsonl"))
@@ -475,6 +478,8 @@ def test_an_installation_that_was_cut_off_is_made_again(room, data):
     room.ends(0)
     venv = environment(room.work / "venv", SRDE)
     (venv / ".srde-startup").write_text("installing\n")
+    status, out = room.run(piped=True, SRDE_SOURCE="")
+    assert status == 1 and "the installation was not finished: set SRDE_SOURCE again" in out
     assert room.run()[0] == 0 and len(pip_calls(room)) == 2
 
 

@@ -2,28 +2,41 @@
 
 Importing torch and Transformers takes seconds and a run on a tiny model a fraction of one. So one process imports everything once and
 then forks a child for each command: a real process with a real command line, its own process group, and its own end.
+
+Two things are left out in the children, as they take most of such a run's time and no kill can tell: `os.fsync` (what was handed
+to the system outlives the process) and the plots.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = r"""
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # libraries print as they are imported
 import torch
 torch.set_num_threads(1)
+from accelerate.utils import extract_model_from_parallel
 from srde.cli import main
-import srde.train.run, srde.monitor.plots, safetensors.torch, sklearn.cluster, scipy.optimize
-import matplotlib; matplotlib.use("Agg")
-import matplotlib.pyplot
-print("ready", flush=True)
+import srde.train.run, srde.monitor.plots
+from srde.data.tokenizers import load_tokenizer
+from srde.tuner.loading import load_base
+extract_model_from_parallel(torch.nn.Identity())  # imports what accelerate looks for
+load_base(sys.argv[1], "auto"), load_tokenizer(sys.argv[1])  # and what Transformers needs for such a model
+os.fsync = lambda descriptor: None
+srde.monitor.plots.save_plots = lambda *_: None
+gc.collect(), gc.freeze()
+print("ready", file=answers)
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -44,9 +57,9 @@ for line in sys.stdin:
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
-    print(pid, flush=True)
+    print(pid, file=answers)
     _, status = os.waitpid(pid, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+    print(os.waitstatus_to_exitcode(status), file=answers)
 """
 
 
@@ -78,24 +91,36 @@ class Job:
         """What it has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def last_line(self) -> str:
+        """The last line that it has printed: the error, if it ended with one."""
+        return ([line for line in self.text().splitlines() if line.strip()] or [""])[-1]
+
 
 class Rig:
-    """The process that forks."""
+    """The process that forks.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For what the commands print.
+        base: The model that they will load, so that what it needs is imported already.
+    """
+
+    def __init__(self, folder: Path, base: Path) -> None:
         self.folder = folder
         self.count = 0
         env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SERVER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
-        )  # fmt: skip
-        assert self.answer(120) == "ready"
+        env = {name: value for name, value in env.items() if name not in ("WEBHOOK_URL", "SRDE_ATTEMPT")}
+        said = folder / "server.log"
+        with open(said, "wb") as stream:
+            self.server = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", SERVER, str(base)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, env=env,
+            )  # fmt: skip
+        if self.answer(120) != "ready":
+            self.close()
+            raise RuntimeError(said.read_text())
 
     def answer(self, timeout: float) -> str:
         """The next line of the server."""
-        import select
-
         ready, _, _ = select.select([self.server.stdout], [], [], timeout)
         assert ready, "the command did not end in time"
         return self.server.stdout.readline().strip()
@@ -128,7 +153,46 @@ class Rig:
         self.server.stdout.close()
 
 
-def wait_for(condition, timeout: float = 30) -> None:
+HOOK = """
+def _hook():
+    import importlib, os, signal, sys, time
+    module, _, path = {target!r}.partition(":")
+    owner = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    inner = getattr(owner, name)
+    count = 0
+    def call(*args, **kwargs):
+        nonlocal count
+        count += 1
+        {before}
+        result = inner(*args, **kwargs)
+        {after}
+        return result
+    setattr(owner, name, call)
+_hook()
+"""
+
+
+def hook(target: str, before: str = "pass", after: str = "pass") -> str:
+    """Code for `Rig.start` that does something whenever a function is called.
+
+    Args:
+        target: As in ``srde.train.runner:RunTrainer.training_step``.
+        before: A statement that runs before each call; it sees `args`, `kwargs` and `count`, the number of the call from 1.
+        after: One that runs after it; it sees `result` too.
+    """
+    return HOOK.format(target=target, before=before, after=after)
+
+
+def signal_at(target: str, condition: str, number: int = signal.SIGKILL, *, after: bool = False) -> str:
+    """Code that sends the process a signal at a call of a function (or right after it) for which a condition holds."""
+    statement = f"if {condition}: os.kill(os.getpid(), {int(number)})"
+    return hook(target, after=statement) if after else hook(target, before=statement)
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 30) -> None:
     """Returns when a condition holds."""
     end = time.monotonic() + timeout
     while not condition():

@@ -78,7 +78,7 @@ def test_a_weight_of_zero_switches_a_loss_off(name, tmp_path):
     model = adapted(**{f"{name}_coef": 0.0})
     own = trainer(model, tmp_path)
     own.compute_loss(model.train(), {k: torch.stack([r[k] for r in rows(2)]) for k in rows(1)[0]})
-    assert set(own._auxiliary) == set(NAMES) - {name}
+    assert set(own.means.drain()) == set(NAMES) - {name}
 
 
 def test_accumulation_changes_only_rounding(tmp_path):

@@ -21,6 +21,8 @@ VERBS = {
     "quickstart": "train six experts on a small model, compare them with the base, ask them one question each",
     "data": "build data sets of six domains, check them, look at them",
     "train": "train experts on a frozen model",
+    "config": "check and show the settings of a file for srde train",
+    "recipes": "list and copy the files of settings that come with srde",
     "monitor": "watch a run: progress, losses, experts, checkpoints, alerts",
     "eval": "accuracy, loss and routing of base and experts on held-out rows",
     "generate": "answer a prompt",

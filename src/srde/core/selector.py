@@ -83,7 +83,7 @@ class LearnedSparseSelector(nn.Module):
         if self.temperature == 0:
             return hard, indices
         soft = relaxed_top_k(z, self.num_sparse, self.temperature)
-        return hard + soft - soft.detach(), indices
+        return hard + (soft - soft.detach()), indices  # in this order: exactly 0 is added
 
     def extra_repr(self) -> str:
         return f"num_params={self.num_params}, num_sparse={self.num_sparse}, temperature={self.temperature:g}"

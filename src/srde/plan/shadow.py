@@ -37,7 +37,7 @@ def shadow_of(model: nn.Module, packing: bool) -> Iterator[None]:
     layers = srde_layers(model)
     for layer in layers:
         layer.layout = replace(layer.layout, tried=True)  # there are no numbers to try it on
-        layer.srde_router["default"].register_forward_hook(_split_evenly)
+        _split_what_it_routes(layer.srde_router["default"])
         delta = layer.srde_experts["default"]
         delta.disjoint = partial(bool, _go_round(delta))
     with ExitStack() as stack:
@@ -70,14 +70,26 @@ def _fill(model: nn.Module) -> None:
             setattr(module, name, fakes.setdefault(b, torch.empty(b.shape, dtype=b.dtype)))
 
 
-def _split_evenly(router: Router, _args: Any, route: Route) -> None:
-    """Forward hook: the groups of the grouped path, as many tokens for each routed expert."""
+def _split_what_it_routes(router: Router) -> None:
+    """Makes a router give its routes groups: a layer calls its router's `forward`, past any hooks."""
+    plain = router.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Route:
+        route = plain(*args, **kwargs)
+        route.groups = _even_groups(router, route)
+        return route
+
+    router.forward = forward  # type: ignore[method-assign]
+
+
+def _even_groups(router: Router, route: Route) -> Groups:
+    """The groups of the grouped path, as many tokens for each routed expert."""
     pairs, experts = route.slot_TK.numel(), router.num_experts
     ends = [pairs * (e + 1) // experts for e in range(experts)]
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     counts += [len(route.slot_TK)] * router.num_shared
     expert_P, token_P = (torch.empty(sum(counts), dtype=torch.long) for _ in range(2))
-    route.groups = Groups(expert_P, token_P, counts)
+    return Groups(expert_P, token_P, counts)
 
 
 def _go_round(delta: Delta) -> bool:

@@ -82,13 +82,16 @@ def quickstart(settings: Settings, console: Console) -> tuple[Evaluation, Evalua
         outcome = train(
             ModelArguments(name, dtype=dtype),
             DataArguments(train_file=str(files.train), max_length=settings.max_length),
-            ExpertArguments(num_experts=len(DOMAINS), initial_sparsity=0.02, target_sparsity=0.01),
+            ExpertArguments(
+                num_experts=len(DOMAINS), initial_sparsity=0.02, target_sparsity=0.01, mask_init="magnitude"
+            ),
             RunArguments(
                 output_dir=str(out),
                 max_steps=settings.max_steps,
                 learning_rate=settings.learning_rate,
                 logging_steps=5,
                 seed=settings.seed,
+                phase_warmup_steps=0,  # the base has been measured already
                 supervised_experts=True,
                 expert_pretrain_steps=settings.max_steps // 2,
                 disable_tqdm=True,

@@ -130,6 +130,8 @@ def plan_phases(
     if second is None:
         second = max(1, _scaled(MASK_LEARNING, share)) if learn_masks else 0
     forced = _scaled(PRETRAINING, share) if pretraining is None else pretraining
+    if pretraining is None and delta_training is not None:
+        forced = min(forced, delta_training)
     third = max(_scaled(DELTA_TRAINING, share), forced) if delta_training is None else delta_training
     if forced > third:
         raise ConfigError.of(

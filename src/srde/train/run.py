@@ -249,7 +249,10 @@ class _Run:
                 config.initial_sparsity, config.target_sparsity, start=phases.first_trained
             ),
             temperature=LinearSchedule(
-                args.router_temperature_start or last, last, phases.first_trained, max(args.max_steps // 2, 1)
+                args.router_temperature_start or last,
+                last,
+                phases.first_trained,
+                max(args.max_steps // 2, phases.first_trained + 1),
             ),
             unlock=UnlockSchedule(args.progressive_unlock, config.num_experts, start, end),
             prune_by=args.prune_by,

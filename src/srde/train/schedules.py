@@ -54,8 +54,9 @@ class LinearSchedule:
         """The value at a step."""
         if step >= self.end:
             return self.last
-        done = max(step - self.start, 0) / (self.end - self.start)
-        return self.first + (self.last - self.first) * done
+        if step <= self.start:
+            return self.first
+        return self.first + (self.last - self.first) * (step - self.start) / (self.end - self.start)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class UnlockSchedule:
         """How many experts are open at a step."""
         if self.kind == "none" or step >= self.end:
             return self.num_experts
-        if self.kind == "warmup":
+        if self.kind == "warmup" or step <= self.start:
             return 1
-        done = max(step - self.start, 0) / (self.end - self.start)
+        done = (step - self.start) / (self.end - self.start)
         return 1 + int(done * (self.num_experts - 1) + 1e-9)

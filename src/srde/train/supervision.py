@@ -40,7 +40,7 @@ class Supervision:
             position_ids: Of packed examples, which restart at 0; None for one example a row.
             turn: Who is first; the step, say.
         """
-        if self.table is None:
+        if not self.table:
             return torch.where(domain_ids < 0, domain_ids, domain_ids % self.num_experts)
         most = max(map(len, self.table))
         table = torch.tensor(
@@ -48,8 +48,20 @@ class Supervision:
         )
         count = torch.tensor([len(own) for own in self.table], device=domain_ids.device)
         known = domain_ids.clamp(min=0)
-        example = example_numbers(domain_ids, position_ids) + turn
-        return torch.where(domain_ids < 0, domain_ids, table[known, example % count[known]])
+        nth = _nth_of_its_domain(example_numbers(domain_ids, position_ids), known, len(self.table))
+        nth = nth + (
+            turn * 2654435761 % 2**32 >> 16
+        )  # mixed, or a domain that comes every n-th step would keep its first
+        return torch.where(domain_ids < 0, domain_ids, table[known, nth % count[known]])
+
+
+def _nth_of_its_domain(example: Tensor, domain: Tensor, num_domains: int) -> Tensor:
+    """How many examples of the same domain come before each token's own, shaped like `example`."""
+    number, domain_T = example.flatten(), domain.flatten()
+    domain_N = torch.zeros(int(number.max()) + 1, dtype=torch.long, device=number.device)
+    domain_N[number] = domain_T  # one domain per example
+    before_ND = torch.nn.functional.one_hot(domain_N, num_domains).cumsum(0) - 1
+    return before_ND.gather(1, domain_N.unsqueeze(1)).squeeze(1)[example]
 
 
 def domain_table(

@@ -148,7 +148,7 @@ def _collect(
     was_training = model.training
     device = next(model.parameters()).device
     with torch.no_grad(), _bare(model, layers):
-        for batch in batches:
+        for turn, batch in enumerate(batches):
             domain_ids = batch.pop("domain_ids", None)
             batch.pop("labels", None)
             ids = batch["input_ids"]
@@ -157,7 +157,7 @@ def _collect(
             chosen = (mask.flatten() > 0) & (torch.rand(ids.numel(), generator=generator) < share)
             place = chosen.nonzero().squeeze(1)
             expert = (
-                expert_of(domain_ids, batch.get("position_ids")).flatten()
+                expert_of(domain_ids, batch.get("position_ids"), turn).flatten()
                 if domain_ids is not None and expert_of
                 else torch.full((ids.numel(),), -1)
             )

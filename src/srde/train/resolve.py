@@ -1,0 +1,153 @@
+"""What `srde train` would run with: its flags and files, checked and settled without loading data or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from enum import Enum
+from typing import Any
+
+import yaml
+
+from srde.errors import ConfigError, SrdeError
+from srde.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    parse,
+    parser,
+    starting_config,
+)
+from srde.train.config_file import files_of, settings
+from srde.train.phases import Phases, plan_phases
+
+SECRET = ("webhook_url", "hub_token")
+MASK = "***"
+_UNSAID = (
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "do_train", "do_eval", "do_predict", "local_rank"
+)  # fmt: skip
+"""Transformers' former names, which it keeps equal to the new ones and warns of, and what it has no use for here."""
+_PLACEHOLDER = "-"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a run.
+
+    Attributes:
+        model: The base.
+        data: The rows.
+        experts: An `ExpertArguments`.
+        run: All else.
+        phases: When is what trained; None where `--num_train_epochs` leaves the number of steps to the data.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    experts: Any
+    run: RunArguments
+    phases: Phases | None
+
+
+def resolve(argv: Sequence[str]) -> Resolved:
+    """Reads flags and files as `srde train` does, and checks what can be checked without data and model.
+
+    Raises:
+        SrdeError: A setting breaks its rule; the message names its file, if it is from one.
+    """
+    found, _ = settings(argv, parser())
+    try:
+        model, data, experts, run = parse(argv)
+        config = starting_config(experts)
+        _require_pairs(run.domain_experts)
+        phases = None
+        if run.max_steps > 0:
+            phases = plan_phases(
+                run.max_steps,
+                warm_up=run.phase_warmup_steps,
+                mask_learning=run.mask_learning_steps,
+                delta_training=run.delta_training_steps,
+                pretraining=run.expert_pretrain_steps if run.supervised_experts else 0,
+                learn_masks=config.mask_init == "learned",
+            )
+    except SrdeError as error:
+        file = files_of(found, str(error))
+        if file is None:
+            raise
+        raise type(error)(f"{file}: {error}") from error
+    except ValueError as error:  # what Transformers says about its own settings
+        raise ConfigError.of(
+            "settings", ", ".join(dict.fromkeys(one.file for one in found.values())),
+            rule=f"Transformers refuses them: {str(error).rstrip('.')}",
+            fix="correct them; for a machine with other devices than this one's, check with --use_cpu",
+        ) from error  # fmt: skip
+    return Resolved(model, data, experts, run, phases)
+
+
+def _require_pairs(entries: Sequence[str] | None) -> None:
+    """YAML takes a comma in [..] for the end of an entry; which domains there are is known to the data only."""
+    for entry in entries or ():
+        if "=" not in entry:
+            raise ConfigError.of(
+                "domain_experts", entry, rule="an entry is a domain, '=' and experts", fix="write math=0,6, in a file's [...] in quotes"
+            )  # fmt: skip
+
+
+def changed(resolved: Resolved) -> dict[str, Any]:
+    """The settings that differ from their defaults, as plain values, in the order of the help; secrets are masked."""
+    return {name: value for name, (value, default) in _all(resolved).items() if value != default}
+
+
+def unchanged(resolved: Resolved) -> dict[str, Any]:
+    """The other settings."""
+    return {name: value for name, (value, default) in _all(resolved).items() if value == default}
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """Settings as a file that `--config` reads."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6) if values else ""
+
+
+def _all(resolved: Resolved) -> dict[str, tuple[Any, Any]]:
+    """Name -> (value, default) of every flag; both as they are when everything that follows from other settings is settled."""
+    plain = RunArguments(output_dir=_PLACEHOLDER, use_cpu=resolved.run.use_cpu)
+    result = {}
+    for part, default in (
+        (resolved.model, None), (resolved.data, None), (resolved.experts, None), (resolved.run, plain)
+    ):  # fmt: skip
+        for field in fields(part):
+            if not field.init or field.name in _UNSAID:
+                continue
+            known = field.default if default is None else getattr(default, field.name)
+            value = _plain(_as_given(part, field.name))
+            known = None if known is MISSING else _plain(known)
+            if field.name in ("output_dir", "use_cpu"):
+                known = _plain(field.default)
+            if default is not None and field.name == "eval_strategy":
+                known = "auto"
+            result[field.name] = (MASK if value and field.name in SECRET else value, known)
+    run = resolved.run
+    value, _ = result["eval_steps"]
+    result["eval_steps"] = value, run.save_steps  # which it follows
+    return result
+
+
+def _as_given(part: Any, name: str) -> Any:
+    """A value as a flag would say it, where settling has changed it."""
+    if name == "eval_strategy" and part.evaluates_if_it_can:
+        return "auto"
+    if name == "train_file" and part.jsonl_data is not None and part.pretokenized_dir is None:
+        return None  # `jsonl_data` says it
+    return getattr(part, name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value] or None  # an empty list is what no flag says
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return _plain(asdict(value))
+    return value

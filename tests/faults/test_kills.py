@@ -1,0 +1,197 @@
+"""F1, F2, F3: killed at any moment, a run goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections import Counter
+
+import pytest
+import save_points
+from rig import hook, signal_at
+from runs import PHASES, STEPS, differences, events
+
+from srde.train.checkpoint import checkpoints, choose_checkpoint
+
+pytestmark = pytest.mark.faults
+
+CONTROL = "srde.train.control:Controller"
+RUNNER = "srde.train.runner:RunTrainer"
+BY_CPU_TIME = "import signal; signal.setitimer(signal.ITIMER_PROF, {seconds})"
+"""Kills the process after so much of the processor's time, which a busy machine does not change, with a signal that nobody handles."""
+
+
+# ---- F1: every point of a save -------------------------------------------------------------------------------------------
+
+
+def killed_saves(lab, place, at_step, stride):
+    """The folders that a save killed at every so manieth of its points has left, in order. Prunes and the best adapter come
+    before it."""
+    place.mkdir()
+    job = lab.run("out", before=save_points.code(at_step, place, stride), timeout=300)
+    assert job.code == 0, job.text()[-3000:]
+    told = json.loads((place / "copies/points.json").read_text())
+    assert told["status"] == 0 and told["points"] > 60
+    return [place / f"copies/{number:03d}/out" for number in range(1, told["points"] + 1, stride)]
+
+
+def require_old_or_new(outs, old, new):
+    """In each folder a start finds the old checkpoint or the new one, whole; and once the new one is there, it stays."""
+    found = [choose_checkpoint(out, "auto").name for out in outs]
+    turn = found.index(new)
+    assert set(found[:turn]) == {old} and set(found[turn:]) == {new}
+    unfinished = [any(path.name.startswith(".tmp-checkpoint") for path in out.iterdir()) for out in outs]
+    assert sum(unfinished) > len(outs) // 2
+    return turn
+
+
+def test_a_killed_save_leaves_a_checkpoint_that_verifies_and_the_run_ends_the_same(lab, tmp_path):
+    outs = killed_saves(lab, tmp_path / "run", at_step=12, stride=6)
+    turn = require_old_or_new(outs, "checkpoint-9", "checkpoint-12")
+    for place in (outs[turn - 1], outs[turn]):  # `same` also requires that no leftover stays
+        lab.same(place)
+
+
+@pytest.mark.slow
+def test_killed_at_every_point_of_a_save(lab, tmp_path):
+    outs = killed_saves(lab, tmp_path / "run", at_step=15, stride=1)
+    require_old_or_new(outs, "checkpoint-12", "checkpoint-15")
+    for out in outs[::4]:
+        lab.same(out)
+
+
+@pytest.mark.slow
+def test_killed_while_the_best_adapter_or_the_final_one_is_written(lab, tmp_path):
+    """What is replaced in place: `checkpoint-best`, the adapter of the run's folder, `metrics.jsonl`, small JSON files."""
+    out = tmp_path / "out"
+    points = (
+        signal_at("srde.artifacts.folder:_put_in_place", "args[1].name == 'checkpoint-best' and args[1].exists()"),
+        signal_at("srde.artifacts.folder:_put_in_place", "args[1].name == 'checkpoint-best'", after=True),
+        signal_at("srde.monitor.log:MetricsLog.truncate_after", "True"),
+        hook("srde.monitor.log:_replace", "if args[0].name == 'metrics.jsonl': os.replace = lambda *_: os.kill(os.getpid(), 9)"),
+        signal_at("srde.train.run:replace_json", "True", after=True),
+        signal_at("srde.train.run:save_adapter", "True"),
+        hook("srde.tuner.store:roll_forward", "if count == 2: os.kill(os.getpid(), 9)"),
+        signal_at("srde.train.run:save_adapter", "True", after=True),
+    )  # fmt: skip
+    for point in points:
+        job = lab.run(out, before=point)
+        assert job.code == -signal.SIGKILL, job.text()[-3000:]
+    lab.same(out)
+
+
+# ---- F2: any moment --------------------------------------------------------------------------------------------------------
+
+
+def moment(out):
+    """What a killed run was doing, as its heartbeat and events tell."""
+    if not (out / "heartbeat.json").exists():
+        return "start"
+    beat = json.loads((out / "heartbeat.json").read_text())
+    if beat["status"] != "training":
+        return beat["status"]
+    own = [event for event in events(out) if event["pid"] == beat["pid"]]
+    if beat["step"] >= STEPS:
+        return "after the last step"
+    entered = [event["text"].split(",")[0] for event in own if event["event"] == "phase"]
+    return entered[-1] if entered else "start of the loop"
+
+
+def test_killed_at_random_moments(lab, tmp_path):
+    out, rng = tmp_path / "out", random.Random(1)
+    codes = [lab.run(out, before=BY_CPU_TIME.format(seconds=rng.uniform(0.1, 0.4))).code for _ in range(3)]
+    assert codes[0] == -signal.SIGPROF and set(codes) <= {0, -signal.SIGPROF}
+    lab.same(out)
+
+
+@pytest.mark.slow
+def test_killed_at_thirty_moments_over_the_whole_run(lab, tmp_path, record_property):
+    """Fifteen runs; the first kill of each is in its own fifteenth of a whole run, the second somewhere in what is left."""
+    clock = hook("srde.cli.train:main", "call.start = time.process_time()", "print('CPU', time.process_time() - call.start)")
+    job = lab.run(tmp_path / "timed", before=clock)
+    whole = float(job.text().split("CPU ")[1].split()[0])
+    rng, hit = random.Random(2), Counter()
+    for number in range(15):
+        out = tmp_path / f"run-{number}"
+        for seconds in ((number + rng.random()) / 15 * whole, rng.uniform(0.2, 0.6) * whole):
+            job = lab.run(out, before=BY_CPU_TIME.format(seconds=seconds))
+            assert job.code in (0, -signal.SIGPROF), job.text()[-3000:]
+            if job.code:
+                hit[moment(out)] += 1
+        lab.same(out)
+    record_property("killed in", dict(hit))
+    print("\nkilled in:", dict(hit))
+    assert sum(hit.values()) >= 25 and len(hit) >= 6, hit
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+@pytest.mark.slow
+def test_killed_amid_the_accumulation_of_gradients(lab, tmp_path, muon):
+    more = ["--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "1", *(["--use_muon"] if muon else [])]
+    out = tmp_path / "out"
+    for step in (1, 4, 7, 13):  # the second of three micro-batches, between its forward and its backward
+        second = f"args[0]._place == 2 and args[0].state.global_step == {step}"
+        job = lab.run(out, *more, before=signal_at(f"{RUNNER}.compute_loss", second, after=True))
+        assert job.code == -signal.SIGKILL, job.text()[-3000:]
+    lab.same(out, *more)
+
+
+# ---- F3: the borders of phases ------------------------------------------------------------------------------------------------
+
+
+STEP = "args[2].global_step == {}"
+POINTS = (
+    (f"{CONTROL}._begin", "True", True, 2),  # warm start
+    (f"{CONTROL}.on_step_begin", STEP.format(2), True, 2),
+    ("srde.train.masks:MaskLearner.update", "args[1] == 4", True, 4),
+    ("srde.train.masks:MaskLearner.finish", "True", False, 6),
+    ("srde.train.masks:MaskLearner.finish", "True", True, 6),
+    (f"{RUNNER}.training_step", "args[0].state.global_step == 6", True, 6),
+    (f"{CONTROL}.on_step_begin", STEP.format(9), False, 9),  # the routers are frozen, the experts locked
+    (f"{CONTROL}._apply", "args[1] == 9", True, 9),
+    (f"{CONTROL}._prune", "args[2] == 11", False, 10),
+    ("srde.train.control:prune_adapter", "args[1] < 0.14", True, 11),
+    (f"{CONTROL}.on_step_begin", STEP.format(12), False, 12),
+    (f"{CONTROL}.on_step_begin", STEP.format(12), True, 12),
+    (f"{CONTROL}._prune", "args[2] == 13", True, 12),
+    ("srde.train.control:prune_adapter", "count == 2", False, 14),
+    (f"{CONTROL}._prune", "args[2] == 16", True, 15),
+)
+"""Where a run is killed, in turn: function, condition, whether after its call, and the step under way."""
+
+
+def passes(out):
+    """The phases that each process has entered, with the step that it began with."""
+    result = []
+    for event in events(out, "started", "resumed", "phase"):
+        if event["event"] == "phase":
+            result[-1][1].append((event["text"].split(",")[0], event["step"]))
+        else:
+            result.append((event["step"], []))
+    return result
+
+
+@pytest.mark.parametrize("points", [POINTS[3:12:4], pytest.param(POINTS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_killed_at_the_borders_of_phases(lab, tmp_path, points):
+    out = tmp_path / "out"
+    reached = []
+    for target, condition, after, step in points:
+        job = lab.run(out, before=signal_at(target, condition, after=after))
+        assert job.code == -signal.SIGKILL, (target, condition, job.text()[-3000:])
+        reached.append((step, target.endswith("on_step_begin") and not after or target.endswith("finish")))
+    lab.same(out)
+    reached.append((STEPS, False))
+    assert len(passes(out)) == len(reached)
+    for (begun, entered), (step, before_it) in zip(passes(out), reached, strict=True):
+        last = step - 1 if before_it else step
+        expected = [(name, start) for name, (start, _) in PHASES.items() if begun <= start <= last]
+        if (CONTROL_AT := [p for p in expected if p[1] == step]) and (len(entered) == len(expected) - 1):
+            expected.remove(CONTROL_AT[0])  # killed inside the very call that enters the phase
+        assert entered == expected
+    assert [path.name for path in checkpoints(out)][0] == f"checkpoint-{STEPS}"
+
+
+def test_a_second_uninterrupted_run_is_the_same(lab, tmp_path):
+    """Without this, the comparisons of this room would mean nothing."""
+    assert differences(lab.uninterrupted(), lab.finish(tmp_path / "out")) == []
