@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("max_steps: 3\nphase_warmup_steps: 3", r"FILE: max_steps=3: the first 4 steps train nothing"),
         ("phase_warmup_steps: -1", "FILE: phase_warmup_steps=-1: a phase has at least 0 steps"),
         ("domain_experts: [math=0,6]", "FILE: domain_experts='6': an entry is a domain, '=' and experts"),
-        ("eval_strategy: sometimes", "settings='FILE': Transformers refuses them: 'sometimes' is not a valid"),
+        ("eval_strategy: sometimes", "settings='FILE': Transformers refuses them: sometimes is not a valid"),
     ],
 )  # fmt: skip
 def test_resolving_finds_what_breaks_a_rule_between_settings(file, text, message):

@@ -89,7 +89,8 @@ def _require_pairs(entries: Sequence[str] | None) -> None:
     for entry in entries or ():
         if "=" not in entry:
             raise ConfigError.of(
-                "domain_experts", entry, rule="an entry is a domain, '=' and experts", fix="write math=0,6, in a file's [...] in quotes"
+                "domain_experts", entry, rule="an entry is a domain, '=' and experts",
+                fix="write 'math=0,6', in a file in quotes"
             )  # fmt: skip
 
 

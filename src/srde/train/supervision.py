@@ -59,7 +59,7 @@ def _nth_of_its_domain(example: Tensor, domain: Tensor, num_domains: int) -> Ten
     """How many examples of the same domain come before each token's own, shaped like `example`."""
     number, domain_T = example.flatten(), domain.flatten()
     domain_N = torch.zeros(int(number.max()) + 1, dtype=torch.long, device=number.device)
-    domain_N[number] = domain_T  # one domain per example
+    domain_N.scatter_reduce_(0, number, domain_T, "amax")  # one domain per example; padding says 0
     before_ND = torch.nn.functional.one_hot(domain_N, num_domains).cumsum(0) - 1
     return before_ND.gather(1, domain_N.unsqueeze(1)).squeeze(1)[example]
 

@@ -1,0 +1,109 @@
+"""F4, F5: SIGTERM and Ctrl-C end a run where it can go on, with the state saved; and it ends the same."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from rig import hook, signal_at
+from runs import SIMPLE, events, metrics
+
+from srde.train.checkpoint import checkpoints
+
+pytestmark = pytest.mark.faults
+
+RUNNER = "srde.train.runner:RunTrainer"
+STOPPED = 75
+INTERRUPTED = 130
+
+
+def in_step(step, number=signal.SIGTERM):
+    """A signal in the middle of a step, counted from 0."""
+    return signal_at(f"{RUNNER}.training_step", f"args[0].state.global_step == {step}", number)
+
+
+def in_evaluation(step, number=signal.SIGTERM):
+    return signal_at(f"{RUNNER}._check_stop", f"args[0].state.global_step == {step}", number)
+
+
+def in_save(step, number=signal.SIGTERM):
+    return signal_at(f"{RUNNER}._write_checkpoint", f"args[0].state.global_step == {step}", number)
+
+
+MOMENTS = {
+    "data": (signal_at("srde.train.run:open_data", "True", signal.SIGTERM), None),
+    "load": (signal_at("srde.train.run:load_base", "True", signal.SIGTERM, after=True), None),
+    "tokenisation": (signal_at("srde.train.data:tokenize_rows", "True", signal.SIGTERM), None),
+    "first evaluation": (in_evaluation(0), None),
+    "first step": (in_step(0), 1),
+    "mask learning": (in_step(3), 4),
+    "evaluation": (in_evaluation(6), 6),
+    "save": (in_save(9), 9),
+    "step with an evaluation due": (in_step(11), 12),
+    "step, and again while saving": (in_step(12) + in_save(13), 13),
+    "load of a resumed run": (signal_at("srde.train.checkpoint:load_into", "True", signal.SIGTERM), 13),
+    "joint training": (in_step(16), 17),
+    "last evaluation": (in_evaluation(20), 20),
+}
+"""When SIGTERM comes, and the step that the newest checkpoint is of afterwards."""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("load", "first step", "evaluation", "save"), pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_sigterm_stops_a_run_that_then_ends_the_same(lab, tmp_path, names):
+    out = tmp_path / "out"
+    for name in names:
+        before, step = MOMENTS[name]
+        job = lab.run(out, before=before)
+        assert job.code == STOPPED, (name, job.text()[-3000:])
+        assert "signal='SIGTERM': the run was stopped;" in job.last_line(), name
+        assert "run the same command to go on" in job.last_line()
+        have = checkpoints(out)
+        assert (have[0].name if have else None) == (None if step is None else f"checkpoint-{step}"), name
+        last = events(out)[-1]
+        assert last["event"] == "stopped" and last["pid"] == job.pid
+    lab.same(out)
+
+
+def test_sigterm_after_the_last_step_does_not_matter(lab, tmp_path):
+    job = lab.run(tmp_path, settings=SIMPLE, before=signal_at("srde.train.run:save_adapter", "True", signal.SIGTERM))
+    assert job.code == 0, job.text()[-3000:]
+
+
+def test_an_evaluation_that_was_made_up_for_is_in_the_metrics_once(lab, tmp_path):
+    """Stopped in an evaluation, resumed, killed after it was made up for, resumed again."""
+    out = tmp_path / "out"
+    assert lab.run(out, before=in_evaluation(9)).code == STOPPED
+    job = lab.run(out, before=signal_at(f"{RUNNER}.training_step", "args[0].state.global_step == 10"))
+    assert job.code == -signal.SIGKILL, job.text()[-3000:]
+    lab.same(out)
+
+
+@pytest.mark.parametrize("way", ["own", pytest.param("workers", marks=pytest.mark.slow)])
+def test_ctrl_c_once_saves_and_twice_ends_at_once(lab, tmp_path, way):
+    """The terminal sends it to the whole process group, so also to the processes that read data."""
+    more = ["--dataloader_num_workers", "2"] if way == "workers" else []
+    out = tmp_path / "out"
+    to_all = "os.killpg(os.getpgrp(), signal.SIGINT)"
+    here = "args[0].state.global_step == {}"
+    job = lab.run(out, *more, before=hook(f"{RUNNER}.training_step", f"if {here.format(6)}: {to_all}"))
+    assert job.code == STOPPED and "signal='SIGINT'" in job.last_line(), job.text()[-3000:]
+    assert checkpoints(out)[0].name == "checkpoint-7"
+    twice = hook(f"{RUNNER}.training_step", f"if {here.format(9)}: {to_all}") + hook(
+        f"{RUNNER}._write_checkpoint", after=f"if {here.format(10)}: {to_all}; time.sleep(20); os._exit(3)"
+    )
+    job = lab.run(out, *more, before=twice)
+    assert job.code == INTERRUPTED, job.text()[-3000:]
+    assert checkpoints(out)[0].name == "checkpoint-9"
+    job = lab.run(out, *more, before=hook(f"{RUNNER}.training_step", f"if {here.format(10)}: {to_all}; {to_all}"))
+    assert job.code == INTERRUPTED, job.text()[-3000:]
+    lab.same(out)
+
+
+def test_ctrl_c_while_loading(lab, tmp_path):
+    job = lab.run(tmp_path, before=signal_at("srde.train.run:load_base", "True", signal.SIGINT))
+    assert job.code == STOPPED and "there was nothing new to save" in job.last_line()
+    assert metrics(tmp_path) == [] if (tmp_path / "metrics.jsonl").exists() else True
