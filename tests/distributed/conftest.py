@@ -109,7 +109,7 @@ class Runs:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             pytest.fail(f"the run hung\n{output[-6000:]}")
-        assert process.returncode == 0, output[-6000:]
+        assert process.returncode == 0, output[max(output.find("Traceback") - 500, 0) :][:8000]
         ranks = [torch.load(facts / f"{rank}.pt") for rank in range(processes)]
         return Run(ranks, load_file(out / "adapter_model.safetensors"), out)
 

@@ -171,6 +171,9 @@ def _hook():
         {after}
         return result
     setattr(owner, name, call)
+    for other in list(sys.modules.values()):  # who has imported it by name has it too
+        if getattr(other, "__name__", "").startswith("srde.") and vars(other).get(name) is inner:
+            setattr(other, name, call)
 _hook()
 """
 
@@ -179,7 +182,7 @@ def hook(target: str, before: str = "pass", after: str = "pass") -> str:
     """Code for `Rig.start` that does something whenever a function is called.
 
     Args:
-        target: As in ``srde.train.runner:RunTrainer.training_step``.
+        target: Where it is defined, as in ``srde.train.runner:RunTrainer.training_step``.
         before: A statement that runs before each call; it sees `args`, `kwargs` and `count`, the number of the call from 1.
         after: One that runs after it; it sees `result` too.
     """

@@ -70,10 +70,10 @@ def test_killed_while_the_best_adapter_or_the_final_one_is_written(lab, tmp_path
         signal_at("srde.artifacts.folder:_put_in_place", "args[1].name == 'checkpoint-best'", after=True),
         signal_at("srde.monitor.log:MetricsLog.truncate_after", "True"),
         hook("srde.monitor.log:_replace", "if args[0].name == 'metrics.jsonl': os.replace = lambda *_: os.kill(os.getpid(), 9)"),
-        signal_at("srde.train.run:replace_json", "True", after=True),
-        signal_at("srde.train.run:save_adapter", "True"),
+        signal_at("srde.monitor.log:replace_json", "args[0].name == 'train_results.json'", after=True),
+        signal_at("srde.tuner.store:save_adapter", "True"),
         hook("srde.tuner.store:roll_forward", "if count == 2: os.kill(os.getpid(), 9)"),
-        signal_at("srde.train.run:save_adapter", "True", after=True),
+        signal_at("srde.tuner.store:save_adapter", "True", after=True),
     )  # fmt: skip
     for point in points:
         job = lab.run(out, before=point)
@@ -151,11 +151,11 @@ POINTS = (
     (f"{CONTROL}.on_step_begin", STEP.format(9), False, 9),  # the routers are frozen, the experts locked
     (f"{CONTROL}._apply", "args[1] == 9", True, 9),
     (f"{CONTROL}._prune", "args[2] == 11", False, 10),
-    ("srde.train.control:prune_adapter", "args[1] < 0.14", True, 11),
+    ("srde.tuner.prune:prune_adapter", "args[1] < 0.14", True, 11),
     (f"{CONTROL}.on_step_begin", STEP.format(12), False, 12),
     (f"{CONTROL}.on_step_begin", STEP.format(12), True, 12),
     (f"{CONTROL}._prune", "args[2] == 13", True, 12),
-    ("srde.train.control:prune_adapter", "count == 2", False, 14),
+    ("srde.tuner.prune:prune_adapter", "count == 2", False, 14),
     (f"{CONTROL}._prune", "args[2] == 16", True, 15),
 )
 """Where a run is killed, in turn: function, condition, whether after its call, and the step under way."""

@@ -31,14 +31,14 @@ def in_save(step, number=signal.SIGTERM):
 
 
 MOMENTS = {
-    "data": (signal_at("srde.train.run:open_data", "True", signal.SIGTERM), None),
-    "load": (signal_at("srde.train.run:load_base", "True", signal.SIGTERM, after=True), None),
-    "tokenisation": (signal_at("srde.train.data:tokenize_rows", "True", signal.SIGTERM), None),
+    "data": (signal_at("srde.train.data:open_data", "True", signal.SIGTERM), None),
+    "load": (signal_at("srde.tuner.loading:load_base", "True", signal.SIGTERM, after=True), None),
+    "tokenisation": (signal_at("srde.data.tokenize:tokenize_rows", "True", signal.SIGTERM), None),
     "first evaluation": (in_evaluation(0), None),
     "first step": (in_step(0), 1),
     "mask learning": (in_step(3), 4),
     "evaluation": (in_evaluation(6), 6),
-    "save": (in_save(9), 9),
+    "save": (in_save(9), 10),
     "step with an evaluation due": (in_step(11), 12),
     "step, and again while saving": (in_step(12) + in_save(13), 13),
     "load of a resumed run": (signal_at("srde.train.checkpoint:load_into", "True", signal.SIGTERM), 13),
@@ -69,7 +69,7 @@ def test_sigterm_stops_a_run_that_then_ends_the_same(lab, tmp_path, names):
 
 
 def test_sigterm_after_the_last_step_does_not_matter(lab, tmp_path):
-    job = lab.run(tmp_path, settings=SIMPLE, before=signal_at("srde.train.run:save_adapter", "True", signal.SIGTERM))
+    job = lab.run(tmp_path, settings=SIMPLE, before=signal_at("srde.tuner.store:save_adapter", "True", signal.SIGTERM))
     assert job.code == 0, job.text()[-3000:]
 
 
@@ -104,6 +104,6 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(lab, tmp_path, way):
 
 
 def test_ctrl_c_while_loading(lab, tmp_path):
-    job = lab.run(tmp_path, before=signal_at("srde.train.run:load_base", "True", signal.SIGINT))
+    job = lab.run(tmp_path, before=signal_at("srde.tuner.loading:load_base", "True", signal.SIGINT))
     assert job.code == STOPPED and "there was nothing new to save" in job.last_line()
     assert metrics(tmp_path) == [] if (tmp_path / "metrics.jsonl").exists() else True

@@ -107,21 +107,25 @@ class Delta(nn.Module):
         """Selects the surviving entries of a tensor shaped like `values` (the values, or optimizer state)."""
 
     @abstractmethod
-    def usage(self) -> tuple[Tensor, Tensor]:
-        """Where and how much each expert rewrites: positions [E, N] (long) and squared sizes [E, N] of the change there.
+    def places(self) -> Tensor:
+        """Where each expert rewrites: [E, N] (long), below `positions` times the number of matrices.
 
-        A position is a neuron or a weight entry; two experts overlap where they share one.
+        A place is a neuron or a weight entry; two experts overlap where they share one.
         """
 
+    @abstractmethod
+    def usage(self) -> Tensor:
+        """How much each expert rewrites: [E, N], the squared sizes of the change at its `places`."""
+
     def disjoint(self) -> bool:
-        """Whether no two experts rewrite the same thing. Looked up again only after the masks have changed."""
+        """Whether no two experts rewrite the same thing. Looked up again only after the masks have changed; compiled code
+        takes the answer of the last look, which has to come before it."""
+        if torch.compiler.is_compiling():
+            return self._disjoint is not None and self._disjoint[1]
         key = (self.index.data_ptr(), self.index._version)
         if self._disjoint is None or self._disjoint[0] != key:
-            with (
-                torch.no_grad()
-            ):  # a checkpointed layer must save as many tensors in its second forward as in its first
-                position_EN, _ = self.usage()
-            self._disjoint = key, len(position_EN.unique()) == position_EN.numel()
+            place_EN = self.places()
+            self._disjoint = key, len(place_EN.unique()) == place_EN.numel()
         return self._disjoint[1]
 
     def shrink(self, kept: Tensor) -> None:

@@ -99,13 +99,12 @@ class ElementDelta(Delta):
     def take(self, kept: Tensor, like_values: Tensor) -> Tensor:
         return like_values.gather(-1, kept)
 
-    def usage(self) -> tuple[Tensor, Tensor]:
-        size = self.hidden_size * self.intermediate_size
-        offset = torch.arange(self.num_matrices, device=self.index.device).view(-1, 1, 1) * size
-        return (
-            (self.index.long() + offset).transpose(0, 1).flatten(1),
-            self.values.square().transpose(0, 1).flatten(1),
-        )
+    def places(self) -> Tensor:
+        offset = torch.arange(self.num_matrices, device=self.index.device).view(-1, 1, 1) * self.positions
+        return (self.index.long() + offset).transpose(0, 1).flatten(1)
+
+    def usage(self) -> Tensor:
+        return self.values.square().transpose(0, 1).flatten(1)
 
 
 class _SparseLinear(torch.autograd.Function):

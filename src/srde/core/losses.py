@@ -64,13 +64,16 @@ def orthogonality_loss(delta: Delta, locked: tuple[int, ...] = ()) -> Tensor:
     keep = [e for e in range(delta.num_experts) if e not in locked]
     if len(keep) < 2 or delta.disjoint():
         return delta.values.new_zeros(())  # nothing to push apart
-    position_EN, size_EN = delta.usage()
-    position_EN, size_EN = position_EN[keep], size_EN[keep]
+    place_EN, size_EN = delta.places()[keep], delta.usage()[keep]
     norm_E1 = size_EN.square().sum(dim=1, keepdim=True).clamp(min=torch.finfo(size_EN.dtype).tiny).sqrt()
     unit_EN = size_EN / norm_E1
-    # sum over ordered pairs e != e' of <unit_e, unit_e'> = |sum_e unit_e|^2 - sum_e |unit_e|^2, on used positions only
-    used, slot = position_EN.flatten().unique(return_inverse=True)
-    total_U = unit_EN.new_zeros(len(used)).index_add(0, slot, unit_EN.flatten())
+    # sum over ordered pairs e != e' of <unit_e, unit_e'> = |sum_e unit_e|^2 - sum_e |unit_e|^2, on used places only
+    if torch.compiler.is_compiling():  # how many are used depends on data: there, on all places
+        slot, count = place_EN.flatten(), delta.positions * delta.num_matrices
+    else:
+        used, slot = place_EN.flatten().unique(return_inverse=True)
+        count = len(used)
+    total_U = unit_EN.new_zeros(count).index_add(0, slot, unit_EN.flatten())
     pairs = len(keep) * (len(keep) - 1)
     return (total_U.square().sum() - unit_EN.square().sum()) / pairs
 

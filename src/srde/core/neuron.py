@@ -176,5 +176,8 @@ class NeuronDelta(Delta):
         index = kept.view(1, *kept.shape, 1).expand(self.num_matrices, -1, -1, self.hidden_size)
         return like_values.gather(2, index)
 
-    def usage(self) -> tuple[Tensor, Tensor]:
-        return self.index, self.values.square().sum(dim=(0, 3))
+    def places(self) -> Tensor:
+        return self.index
+
+    def usage(self) -> Tensor:
+        return self.values.square().sum(dim=(0, 3))

@@ -75,7 +75,7 @@ class MetricsLog:
             finally:
                 os.close(descriptor)
 
-    def truncate_after(self, step: int) -> int:
+    def truncate_after(self, step: int, drop: Callable[[dict[str, Any]], bool] = lambda _: False) -> int:
         """Drops a torn tail and every line of a later step; for going on from that step's checkpoint.
 
         The file is written anew beside the old one and takes its place in one move: killed at any moment, one of the two
@@ -83,6 +83,7 @@ class MetricsLog:
 
         Args:
             step: The last step whose lines stay.
+            drop: Tells of an earlier line that it goes too.
 
         Returns:
             How many lines went, a torn tail counting as one.
@@ -99,7 +100,7 @@ class MetricsLog:
                 nonlocal gone
                 with open(self.path, "rb") as stream:
                     for raw, record in _records(stream, self.path):
-                        if record is None or _step_of(record, step) > step:
+                        if record is None or _step_of(record, step) > step or drop(record):
                             gone += 1
                         else:
                             yield raw

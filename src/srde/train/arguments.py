@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from srde.errors import ConfigError, DataError, refuse_unknown
+from srde.errors import ConfigError, DataError, SrdeError, refuse_unknown
 from srde.train.config_file import expand_config
 from srde.tuner import SrdeConfig
 
@@ -342,9 +342,19 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunA
         ConfigError: A flag or a key of the file is unknown (the message suggests the nearest), or a value breaks its rule.
     """
     flags = parser()
-    model, data, experts, run, unknown = flags.parse_args_into_dataclasses(
-        expand_config(list(argv), flags), return_remaining_strings=True
-    )
+    try:
+        model, data, experts, run, unknown = flags.parse_args_into_dataclasses(
+            expand_config(list(argv), flags), return_remaining_strings=True
+        )
+    except SrdeError:
+        raise
+    except ValueError as error:  # what Transformers says about its own settings
+        raise ConfigError.of(
+            "settings",
+            " ".join(argv),
+            rule=f"Transformers refuses them: {str(error).rstrip('.')}",
+            fix="correct them",
+        ) from error
     refuse_unknown(
         "train", unknown, [option for action in flags._actions for option in action.option_strings]
     )

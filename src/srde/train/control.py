@@ -138,7 +138,8 @@ class Controller(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Locked and frozen experts stay as they are, whatever momentum the optimizer has."""
-        self.model.srde.hold_locked(kwargs["optimizer"])
+        if self.settings.unlock.kind != "none":
+            self.model.srde.hold_locked(kwargs["optimizer"])
         self.phase = self.settings.phases.at(state.global_step)
         self._said = self.phase.name if state.global_step > self.phase.start else None
         self._apply(state.global_step)

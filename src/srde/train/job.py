@@ -126,10 +126,11 @@ class Job:
         trainer = self._trainer(model, tokenizer, data, phases, about)
         self._describe(model, data, phases, about)
         metrics = self._train(trainer, data, found, state)
+        tensors = trainer.whole_tensors()
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(str(self.folder))
             replace_json(self.folder / RESULTS_FILE, metrics | {"log": trainer.state.log_history})
-            save_adapter(model, self.folder)
+            save_adapter(model, self.folder, tensors=tensors)
             self._plots()
         trainer.accelerator.wait_for_everyone()
         self.record.beat("completed", trainer.state.global_step)
@@ -256,9 +257,9 @@ class Job:
     ) -> dict[str, Any]:
         args, record = self.args, self.record
         step = _step_of(found)
-        record.resume(
-            -1 if found is None else step
-        )  # without a checkpoint, whatever there was is not this run's
+        pending = bool(state.get("run", {}).get("pending"))
+        # without a checkpoint, whatever there was is not this run's
+        record.resume(-1 if found is None else step, again=pending)
         attempt = os.environ.get(ATTEMPT)
         facts = {"step": step, "max_steps": args.max_steps} | ({"attempt": attempt} if attempt else {})
         if found is None:
@@ -267,9 +268,7 @@ class Job:
         else:
             record.event("resumed", step, f"goes on from {found.name}")
             self.notifier.send("resumed", f"goes on from {found.name}", **facts)
-        args.eval_on_start = args.eval_strategy != "no" and (
-            found is None or bool(state.get("run", {}).get("pending"))
-        )
+        args.eval_on_start = args.eval_strategy != "no" and (found is None or pending)
         start = time.perf_counter()
         if found is not None:
             trainer.restore(found, state, RunState(**state["run"]))

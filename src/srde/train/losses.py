@@ -114,6 +114,9 @@ class SrdeLossMixin(_Base):
             return result
         forced = self._forced(domain_ids, inputs.get("position_ids"))
         routing.measure = delta_losses
+        for layer in routing.layers.values():
+            for delta in layer.srde_experts.values():
+                delta.disjoint()  # compiled forwards need the answer
         with routing.record() as record, nullcontext() if forced is None else routing.force_experts(forced):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)

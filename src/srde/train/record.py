@@ -43,10 +43,17 @@ class Record:
         if self.writes:
             replace_json(self.folder / RUN_FILE, {"format": FORMAT, **facts, "started": time.time()})
 
-    def resume(self, step: int) -> None:
-        """Drops the lines of later steps than the one that the run goes on from."""
+    def resume(self, step: int, *, again: bool = False) -> None:
+        """Drops the lines of later steps than the one that the run goes on from.
+
+        Args:
+            step: That step.
+            again: Its evaluation is still to be made up for: a line of it, from a process that died since, goes too.
+        """
         if self.writes:
-            self.metrics.truncate_after(step)
+            self.metrics.truncate_after(
+                step, drop=lambda line: again and line.get("kind") == "eval" and line["step"] == step
+            )
 
     def line(self, kind: str, step: int, facts: Mapping[str, Any], clock: Mapping[str, Any]) -> None:
         """Adds a line of metrics. What depends on the machine and the hour is under `clock`, apart from the rest."""

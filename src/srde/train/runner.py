@@ -150,7 +150,7 @@ class RunTrainer(SavingTrainer):
         weightless = -len(groups) % world
         loader = DataLoader(
             dataset, batch_sampler=groups[rank::world] + ([groups[0]] if rank >= world - weightless else []),  # type: ignore[arg-type]
-            collate_fn=self.data_collator,
+            collate_fn=self.data_collator, generator=torch.Generator(),  # an evaluation takes nothing from torch's own
         )  # fmt: skip
         own = len(groups[rank::world])
         for place, batch in enumerate(loader):
@@ -180,6 +180,7 @@ class RunTrainer(SavingTrainer):
             if self.state.global_step == 0 or skip_scheduler:  # nothing is new since the last checkpoint
                 raise
             self.run.pending = self.was_stopped = True
+            self.control.should_evaluate = False
             self.control.should_training_stop = self.control.should_save = True
             return {}
         self.run.pending = False

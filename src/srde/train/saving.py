@@ -29,6 +29,7 @@ class SavingTrainer(StepTrainer):
     last_checkpoint: Path | None = None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
         step, folder = self.state.global_step, Path(self.args.output_dir or "")
         self.record.beat("saving", step)
         final = folder / f"checkpoint-{step}"
@@ -65,10 +66,11 @@ class SavingTrainer(StepTrainer):
             (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
 
     def _save_best(self, loss: float) -> None:
+        tensors = self.whole_tensors()
         if self.args.should_save:
             about = {"kind": "adapter", "step": self.state.global_step, "eval_loss": loss}
             with atomic_folder(Path(self.args.output_dir or "") / checkpoint.BEST, about) as folder:
-                self.save_model(str(folder), _internal_call=True)
+                self._save(str(folder), tensors)
         self.record.event("best", self.state.global_step, f"held-out loss {loss:.4f}, the lowest so far")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,7 +144,9 @@ class StepTrainer(SrdeTrainer):
         loss = self._step_loss
         assert loss is not None
         finite = torch.isfinite(torch.as_tensor(norm)).all() & torch.isfinite(loss).cpu()
-        if self.anywhere(not bool(finite)):
+        learner = self.controller.learner
+        heard = learner is None or all(bool(gain.isfinite().all()) for gain in learner.gains.values())
+        if self.anywhere(not (bool(finite) and heard)):
             self._refuse(model, norm)
             return norm
         self.means.add("loss", loss)
@@ -175,7 +178,12 @@ class StepTrainer(SrdeTrainer):
         self.record.bad_batch(
             BAD_BATCHES_FILE, {"step": step, "loss": loss, "gradients": where[:8], "rows": names}
         )
-        what = "the loss" if not torch.isfinite(torch.tensor(loss)) else f"the gradient of {where[0]}"
+        if not math.isfinite(loss):
+            what = "the loss"
+        else:  # a norm may overflow where no gradient does; and another process' loss counts too
+            what = (
+                f"the gradient of {where[0]}" if where else "the gradients' norm, or another process' loss,"
+            )
         if self.nan_policy == "stop" or self.run.skipped > self.max_skipped_steps:
             fix = "look at these rows, lower --learning_rate, or pass --nan_policy skip"
             if self.nan_policy == "skip":

@@ -26,11 +26,23 @@ SAMPLES = 16
 TOLERANCE = 0.02  # a base in bf16 or fp16 is the same base: rounding moves a number by less than 1 %
 
 
-def save_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter: str = "default") -> None:
+def save_adapter(
+    model: PeftModel,
+    folder: str | os.PathLike[str],
+    adapter: str = "default",
+    *,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
     """Saves one adapter into a folder that may hold other things too (checkpoints, metrics), so that a kill at any moment
     leaves the old adapter or the new one.
 
     `model.save_pretrained(folder)` also works; killed half-way over an older adapter, it leaves a folder that is refused.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        adapter: The adapter's name.
+        tensors: The model's tensors by name, where the model itself holds only a part of each (FSDP, ZeRO-3).
 
     Raises:
         ArtifactError: The disk is full; the old adapter stands.
@@ -39,7 +51,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str], adapter: str 
     folder.mkdir(parents=True, exist_ok=True)
     roll_forward(folder)
     with atomic_folder(folder / NEXT, {"kind": "adapter"}) as staged:
-        model.save_pretrained(str(staged), selected_adapters=[adapter])
+        model.save_pretrained(str(staged), selected_adapters=[adapter], state_dict=tensors)
         nested = staged / adapter
         if nested.is_dir():  # PEFT puts every adapter but "default" one folder deeper
             for file in nested.iterdir():
