@@ -27,7 +27,9 @@ RESULTS = Path(__file__).parent / "results" / "optimizers.json"
 
 def main() -> None:
     """Measures, prints as it goes, and writes the log."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--eval_file", required=True)
     parser.add_argument("--model_name_or_path", default=None)
@@ -44,7 +46,10 @@ def main() -> None:
         for rate in args.learning_rates:
             runs.append(one(args, muon, rate, args.seeds[0]))
             save(args, runs, None)
-    best = {muon: min((r for r in runs if r["muon"] == muon), key=lambda r: r["curve"][-1][1]) for muon in (False, True)}
+    best = {
+        muon: min((r for r in runs if r["muon"] == muon), key=lambda r: r["curve"][-1][1])
+        for muon in (False, True)
+    }
     for seed in args.seeds[1:]:
         for muon in (False, True):
             runs.append(one(args, muon, best[muon]["learning_rate"], seed))
@@ -52,7 +57,11 @@ def main() -> None:
     pairs = []
     for seed in args.seeds:
         adamw, muon = (
-            next(r for r in runs if r["muon"] == m and r["seed"] == seed and r["learning_rate"] == best[m]["learning_rate"])
+            next(
+                r
+                for r in runs
+                if r["muon"] == m and r["seed"] == seed and r["learning_rate"] == best[m]["learning_rate"]
+            )
             for m in (False, True)
         )
         target = max(adamw["curve"][-1][1], muon["curve"][-1][1])
@@ -93,7 +102,9 @@ def one(args: argparse.Namespace, muon: bool, rate: float, seed: int) -> dict[st
     curve = [(line["step"], line["loss"]) for line in lines if line["kind"] == "eval"]
     # the step after an evaluation counts the evaluation's time too
     seconds = [
-        line["clock"]["step_seconds"] for line in lines if line["kind"] == "train" and line["step"] % args.eval_steps != 1
+        line["clock"]["step_seconds"]
+        for line in lines
+        if line["kind"] == "train" and line["step"] % args.eval_steps != 1
     ]
     result = {
         "muon": muon, "learning_rate": rate, "seed": seed, "curve": curve, "step_seconds": statistics.median(seconds),
@@ -113,8 +124,14 @@ def steps_to(curve: list[tuple[int, float]], loss: float) -> float:
 
 def save(args: argparse.Namespace, runs: list[dict[str, Any]], summary: dict[str, Any] | None) -> None:
     """Writes what there is so far."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("train_file", "eval_file", "output", "model_name_or_path")}
-    Path(args.output).write_text(json.dumps({"settings": settings, "runs": runs, "summary": summary}, indent=1) + "\n")
+    settings = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("train_file", "eval_file", "output", "model_name_or_path")
+    }
+    Path(args.output).write_text(
+        json.dumps({"settings": settings, "runs": runs, "summary": summary}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

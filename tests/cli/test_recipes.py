@@ -88,6 +88,7 @@ def test_an_unknown_name_gets_the_nearest(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_wheel_has_them(tmp_path):
+    pytest.importorskip("hatchling")
     root = Path(__file__).parents[2]
     command = [
         sys.executable,

@@ -9,9 +9,10 @@ import signal
 import pytest
 from rig import hook, signal_at
 from runs import SIMPLE, metrics, write_rows
+from safetensors.torch import load_file, save_file
 
 from srde.train.checkpoint import checkpoints
-from tiny import CHAT_TEMPLATE, save_tiny
+from tiny import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.faults
 
@@ -59,7 +60,7 @@ def test_no_row_is_seen_twice_or_skipped(lab, tmp_path, packing, workers, accumu
         seen = [row for step in range(number * epoch, (number + 1) * epoch) for part in expected[step] for row in part]
         assert sorted(seen) == list(range(len(seen))) and len(seen) >= 9
     watched = hook(f"{RUNNER}.get_batch_samples", after=WRITE_ROWS.format(file=str(told)))
-    for step in (1, 2, epoch - 1, epoch, epoch + 1, 2 * epoch, steps - 1):  # steps that are done at the stop
+    for step in sorted({1, epoch - 1, epoch, epoch + 1, 2 * epoch, steps - 1}):  # steps that are done at the stop
         stop = signal_at(f"{RUNNER}.training_step", f"args[0].state.global_step == {step - 1}", signal.SIGTERM)
         job = lab.run(out, *more, settings=SIMPLE, before=watched + stop)
         assert job.code == STOPPED, job.text()[-3000:]
@@ -90,7 +91,11 @@ CONSTANT = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]
 
 
 def changed_base(lab, folder):
-    return ["--model_name", str(save_tiny(folder / "base", num_hidden_layers=2, seed=1))]
+    base = shutil.copytree(lab.base, folder / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 0.1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return ["--model_name", str(base)]
 
 
 def changed_tokenizer(lab, folder):
@@ -105,7 +110,9 @@ def changed_tokenizer(lab, folder):
 
 def changed_template(lab, folder):
     base = shutil.copytree(lab.base, folder / "base")
-    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("assistant", "expert"))
+    longer = CHAT_TEMPLATE.replace("'\n' + message", "'\n\n' + message").replace("assistant\n'", "assistant\n\n'")
+    assert longer != (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(longer)
     return ["--model_name", str(base)]
 
 

@@ -70,7 +70,7 @@ def test_flags_win_over_the_file_in_all_their_forms(file, flag, key):
         ("max_steps:", [], "max_steps", 5000),
         ("target_modules: model.layers.0.mlp", [], "target_modules", ["model.layers.0.mlp"]),
         ("layers_to_transform: [0, 1]", ["--layers_to_transform", "2"], "layers_to_transform", [2]),
-        ("activation_checkpointing_kwargs: {use_reentrant: false}", [], "activation_checkpointing_kwargs", {"use_reentrant": False}),
+        ("lr_scheduler_kwargs: {a: false, b: [1, 2]}", [], "lr_scheduler_kwargs", {"a": False, "b": [1, 2]}),
         ("run_name: 12:30", [], "run_name", "12:30"),
         ("run_name: -x", [], "run_name", "-x"),
         ("run_name: 'null'", [], "run_name", "null"),
@@ -143,7 +143,7 @@ def test_rows_named_by_a_flag_take_the_place_of_the_files(file, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_steps: 3\nmax_stepz: 3", r"key in FILE, line 2='max_stepz': srde train has no such flag. the nearest is max_steps."),
+        ("max_steps: 3\nmax_stepz: 3", r"key in FILE, line 2='max_stepz': srde train has no such flag. the nearest is max_steps"),
         ("zzzz: 3", r"srde train has no such flag. see srde train --help."),
         ("help: true", r"srde train has no such flag"),
         ("config: other.yaml", r"srde train has no such flag"),
@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("max_steps: 3\nphase_warmup_steps: 3", r"FILE: max_steps=3: the first 4 steps train nothing"),
         ("phase_warmup_steps: -1", "FILE: phase_warmup_steps=-1: a phase has at least 0 steps"),
         ("domain_experts: [math=0,6]", "FILE: domain_experts='6': an entry is a domain, '=' and experts"),
-        ("eval_strategy: sometimes", "settings='FILE': Transformers refuses them: sometimes is not a valid"),
+        ("eval_strategy: sometimes", "FILE: settings=.*: Transformers refuses them: sometimes is not a valid"),
     ],
 )  # fmt: skip
 def test_resolving_finds_what_breaks_a_rule_between_settings(file, text, message):
@@ -202,15 +202,15 @@ def test_resolving_finds_what_breaks_a_rule_between_settings(file, text, message
 
 def test_what_a_flag_sets_is_not_blamed_on_the_file(file):
     path = file("max_length: 8\n")
-    with pytest.raises(SrdeError, match="^max_length=1: "):
+    with pytest.raises(SrdeError, match=r"^max_length=1: "):
         resolve([*NEEDED, "--config", path, "--max_length", "1"])
 
 
 def test_only_what_differs_is_shown_and_all_of_it_reads_back(file):
     flags = [
         "--max_steps", "40", "--domain_experts", "math=0,1", "--warm_start", "--activation_checkpointing",
-        "--activation_checkpointing_kwargs", '{"use_reentrant": false}', "--eval_file", "e.jsonl", "--lr_scheduler_type", "linear",
-        "--top_k", "1",
+        "--activation_checkpointing_kwargs", '{"use_reentrant": false}', "--eval_file", "e.jsonl", "--top_k", "1",
+        "--lr_scheduler_type", "linear",
     ]  # fmt: skip
     resolved = resolve([*NEEDED, *flags])
     shown = yaml.safe_load(as_yaml(changed(resolved)))

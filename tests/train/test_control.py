@@ -106,10 +106,11 @@ def run(tmp_path, given, *, model=None, supervised=True, muon=False, **args):
         "learning_rate": 0.05,
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
+        "per_device_train_batch_size": 4,
     } | args
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no",
-        per_device_train_batch_size=4, lr_scheduler_type="constant", remove_unused_columns=False, logging_strategy="no", **args,
+        lr_scheduler_type="constant", remove_unused_columns=False, logging_strategy="no", **args,
     )  # fmt: skip
     arguments.use_muon = muon
     trainer = RunTrainer(
@@ -183,8 +184,8 @@ def test_without_pretraining_closed_experts_are_locked(tmp_path):
 @pytest.mark.parametrize("muon", [False, True])
 def test_after_pretraining_closed_experts_are_frozen_and_still_chosen(tmp_path, muon):
     given = settings(unlock=UnlockSchedule("linear", 4, 6, 10))
-    model, _, steps, _ = run(tmp_path, given, muon=muon)
-    assert [step["frozen"] for step in steps] == [()] * 6 + [(1, 2, 3)] * 2 + [(2, 3)] * 2
+    model, _, steps, _ = run(tmp_path, given, muon=muon, per_device_train_batch_size=24)
+    assert [step["frozen"] for step in steps] == [()] * 6 + [(1, 2, 3)] * 2 + [(2, 3), (3,)]
     assert all(step["locked"] == () for step in steps)
     for step in steps[4:6]:  # all learn side by side, and have momentum
         assert step["change"]["values 0"].flatten(2).any(-1).all()
@@ -197,7 +198,7 @@ def test_after_pretraining_closed_experts_are_frozen_and_still_chosen(tmp_path, 
     with torch.no_grad(), model.srde.record() as record:
         model(input_ids=first_batches()[0]["input_ids"])
     chosen = set(torch.cat([slots for slots, _ in record.layers().values()]).flatten().tolist())
-    assert chosen & {2, 3}
+    assert 3 in chosen
 
 
 def test_the_routers_have_the_temperature_of_the_step(tmp_path):

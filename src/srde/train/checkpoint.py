@@ -89,6 +89,25 @@ def choose_checkpoint(
     return verify(path).folder
 
 
+def set_aside(output_dir: Path, step: int, tell: Callable[[str], None] = logger.warning) -> None:
+    """Renames the checkpoints of later steps than the one that a run goes on from: they are damaged, or of a course that was
+    left, and must neither be gone on from nor push out the run's own. Nothing is removed.
+
+    Args:
+        output_dir: The run's folder.
+        step: The step that the run goes on from; 0 if it begins anew.
+        tell: Takes a sentence about each.
+    """
+    for path in checkpoints(output_dir):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            places = (
+                output_dir / f"set-aside-{path.name}{end}" for end in ("", *(f".{n}" for n in range(1, 1000)))
+            )
+            new = next(place for place in places if not place.exists())
+            path.rename(new)
+            tell(f"{path.name} is later than where the run goes on, and is {new.name} now")
+
+
 def compare(
     saved: Mapping[str, Any], present: Mapping[str, Any], allowed: Sequence[str], where: Path
 ) -> None:
@@ -103,10 +122,11 @@ def compare(
     Raises:
         ConfigError: A field differs; the message has both values and the flag that allows it.
     """
-    for field, value in present.items():
-        if field in saved and saved[field] != value and field not in allowed:
+    for field in {**saved, **present}:
+        value = present.get(field)
+        if saved.get(field) != value and field not in allowed:
             raise ConfigError.of(
-                field, value, rule=f"{where.name} was made with {saved[field]!r}",
+                field, value, rule=f"{where.name} was made with {saved.get(field)!r}",
                 fix=f"set it back, or name another --output_dir, or pass --allow_changed {field} to go on all the same",
             )  # fmt: skip
 

@@ -44,11 +44,15 @@ def identity(
         "phase_warmup_steps": "warm_up", "mask_learning_steps": "mask_learning", "delta_training_steps": "delta_training",
         "expert_pretrain_steps": "expert_pretraining",
     }  # fmt: skip
-    ends = {flag: [p.start, p.end] for flag, name in lengths.items() for p in phases if p.name == name}
+    ends = {
+        flag: next(([p.start, p.end] for p in phases if p.name == name), None)
+        for flag, name in lengths.items()
+    }
     return {
         "model_name_or_path": model.peft_config["default"].base_fingerprint,
         "tokenizer": tokenizer_fingerprints(tokenizer)["vocabulary"],
-        "train_file" if data_args.train_file else "pretokenized_dir": data.fingerprint,
+        "train_file": data.fingerprint if data_args.train_file else None,
+        "pretokenized_dir": data.fingerprint if data_args.pretokenized_dir else None,
         "max_length": data_args.max_length,
         "packing": data.facts["packed"],
         "data_order": data_args.data_order,

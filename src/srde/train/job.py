@@ -123,6 +123,8 @@ class Job:
         if found is not None:
             state, _ = checkpoint.read_state(found)
             checkpoint.compare(state["identity"], about, args.allow_changed or (), found)
+        if self.args.process_index == 0:
+            checkpoint.set_aside(self.folder, _step_of(found), tell=self._tell)
         trainer = self._trainer(model, tokenizer, data, phases, about)
         self._describe(model, data, phases, about)
         metrics = self._train(trainer, data, found, state)

@@ -35,14 +35,14 @@ def lock(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / LOCK_FILE).resolve()
+    if path in _held:  # before the file is opened: closing it would give up the lock that this process has
+        raise _refused(folder, f"this process ({os.getpid()} on {socket.gethostname()})")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if path in _held:
-            raise _refused(folder, descriptor)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise _refused(folder, descriptor) from error
+            raise _refused(folder, _holder(descriptor)) from error
         os.truncate(descriptor, 0)
         content = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
         os.write(descriptor, json.dumps(content).encode())
@@ -57,12 +57,15 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refused(folder: Path, descriptor: int) -> UsageError:
+def _holder(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
-        who = f"process {holder['pid']} on {holder['host']}"
+        return f"process {holder['pid']} on {holder['host']}"
     except (ValueError, KeyError):  # it has just opened the file and not written yet
-        who = "another process"
+        return "another process"
+
+
+def _refused(folder: Path, who: str) -> UsageError:
     error = UsageError.of(
         "output_dir", str(folder), rule=f"{who} is training into this folder",
         fix="Wait for it, stop it, or name another --output_dir",

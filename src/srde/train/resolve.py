@@ -72,15 +72,13 @@ def resolve(argv: Sequence[str]) -> Resolved:
             )
     except SrdeError as error:
         file = files_of(found, str(error))
-        if file is None:
+        if file is None and isinstance(
+            error.__cause__, ValueError
+        ):  # Transformers' words, which may not name the setting
+            file = ", ".join(dict.fromkeys(one.file for one in found.values()))
+        if not file:
             raise
         raise type(error)(f"{file}: {error}") from error
-    except ValueError as error:  # what Transformers says about its own settings
-        raise ConfigError.of(
-            "settings", ", ".join(dict.fromkeys(one.file for one in found.values())),
-            rule=f"Transformers refuses them: {str(error).rstrip('.')}",
-            fix="correct them; for a machine with other devices than this one's, check with --use_cpu",
-        ) from error  # fmt: skip
     return Resolved(model, data, experts, run, phases)
 
 

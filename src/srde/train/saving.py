@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from srde.artifacts import atomic_folder
 from srde.train import checkpoint
@@ -92,6 +93,28 @@ class SavingTrainer(StepTrainer):
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
             return own | {n: safe_get_full_fp32_param(p) for n, p in trained.items()}
         return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads their state, but not their settings: those are the run's, which may be allowed to differ."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        groups = self.optimizer.param_groups
+        names = ("initial_lr", "weight_decay", "momentum", "betas", "eps")
+        present = [{name: group[name] for name in names if name in group} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, settings in zip(self.optimizer.param_groups, present, strict=True):
+            group.update(settings)
+        scheduler = self.lr_scheduler
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+            rates = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
 
     def restore(self, folder: Path, state: dict[str, Any], run: RunState) -> None:
         """Takes over what a checkpoint remembers beside weights and optimizer."""

@@ -185,26 +185,28 @@ class Routing:
             The hook's handle; `handle.remove()` ends it.
         """
 
-        def snapshot(*_: Any) -> None:
-            self._held = [
-                (parameter, where, parameter.data[where].clone())
-                for layer in self.layers.values()
-                for name, router in layer.srde_router.items()
-                if (locked := sorted({*router.locked, *router.frozen}))
-                for parameter, where in (
-                    (layer.srde_experts[name].values, (slice(None), locked)),
-                    (router.weight, (locked,)),
-                )
-            ]
-
-        def restore(*_: Any) -> None:
-            for parameter, where, data in self._held:
-                parameter.data[where] = data
-
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has no hooks
-        first = optimizer.register_step_pre_hook(snapshot)
-        second = optimizer.register_step_post_hook(restore)
+        first = optimizer.register_step_pre_hook(self._note_locked)
+        second = optimizer.register_step_post_hook(self._restore_locked)
         return _Both(first, second)
+
+    def _note_locked(self, *_: Any) -> None:
+        """Optimizer pre-hook: copies what is held."""
+        self._held = [
+            (parameter, where, parameter.data[where].clone())
+            for layer in self.layers.values()
+            for name, router in layer.srde_router.items()
+            if (locked := sorted({*router.locked, *router.frozen}))
+            for parameter, where in (
+                (layer.srde_experts[name].values, (slice(None), locked)),
+                (router.weight, (locked,)),
+            )
+        ]
+
+    def _restore_locked(self, *_: Any) -> None:
+        """Optimizer post-hook: puts it back."""
+        for parameter, where, data in self._held:
+            parameter.data[where] = data
 
     def forced_for(self, x: Tensor) -> Tensor | int | None:
         """The forced experts of the tokens in `x` [..., D]: whatever was given, spread over the tokens."""

@@ -86,7 +86,10 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.base = folder, save_tiny(folder / "base")
-        self.rows, self.held_out = write_rows(folder / "train.jsonl", 24), write_rows(folder / "eval.jsonl", 6, seed=7)
+        self.rows, self.held_out = (
+            write_rows(folder / "train.jsonl", 24),
+            write_rows(folder / "eval.jsonl", 6, seed=7),
+        )
         self._made: dict[tuple[str, ...], Finished] = {}
 
     def argv(self, out: Path | str, *flags: str) -> list[str]:
