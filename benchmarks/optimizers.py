@@ -2,10 +2,10 @@
 
     python benchmarks/optimizers.py --train_file rows.jsonl --eval_file held_out.jsonl
 
-Claim under test: the project's founding notes say that Muon with AdamW trains about 35 % faster. Both optimizers see the same rows in
-the same order, start from the same masks and routers (by seed), and differ in nothing else. First each is run at every learning
-rate of the list; then, at its best (lowest held-out loss at the end), with every seed. The loss that both reach is the higher one
-of their last losses; the steps that each needed are interpolated between evaluations.
+Claim under test: the project's founding notes say that Muon with AdamW trains about 35 % faster. Both optimizers see the same
+rows in the same order, start from the same masks and routers (by seed), and differ in nothing else. First each is run at every
+learning rate of the list; then, at its best (lowest held-out loss at the end), with every seed. The loss that both reach is the
+higher one of their last losses; the steps that each needed are interpolated between evaluations.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def main() -> None:
         steps = {name: steps_to(r["curve"], target) for name, r in (("adamw", adamw), ("muon", muon))}
         pairs.append(
             {
-                "seed": seed, "loss": target, "steps": steps, "last": {"adamw": adamw["curve"][-1][1], "muon": muon["curve"][-1][1]},
+                "seed": seed, "loss": target, "steps": steps,
+                "last": {"adamw": adamw["curve"][-1][1], "muon": muon["curve"][-1][1]},
                 "steps_ratio": steps["muon"] / steps["adamw"],
                 "time_ratio": steps["muon"] * muon["step_seconds"] / (steps["adamw"] * adamw["step_seconds"]),
             }
@@ -116,7 +118,7 @@ def one(args: argparse.Namespace, muon: bool, rate: float, seed: int) -> dict[st
 
 def steps_to(curve: list[tuple[int, float]], loss: float) -> float:
     """Steps after which a curve first has a loss; straight lines between its points."""
-    for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
+    for (before, high), (after, low) in pairwise(curve):
         if low <= loss:
             return before + (after - before) * (high - loss) / max(high - low, 1e-12)
     return float("nan")

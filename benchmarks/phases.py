@@ -3,8 +3,8 @@
     python benchmarks/phases.py --train_file rows.jsonl
 
 Runs `srde train` in this process with everything on (mask learning, supervised pre-training, progressive unlocking, pruning by
-Taylor scores), and times every method that a plain trainer would not call, by wrapping it. What happens once (warm start, the choice of
-masks, a cut of the sparsity) is told apart. Wrapped methods inside wrapped methods count once.
+Taylor scores), and times every method that a plain trainer would not call, by wrapping it. What happens once (warm start, a cut
+of the sparsity) is told apart. Wrapped methods inside wrapped methods count once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def main() -> None:
             ),
         )  # fmt: skip
     rows = []
-    for one, after in zip(steps, steps[1:], strict=False):
+    for one, after in pairwise(steps):
         once = after.get("once", 0.0) - one.get("once", 0.0)
         own = after.get("every", 0.0) - one.get("every", 0.0)
         rows.append({"phase": one["phase"], "step": after["at"] - one["at"] - once, "own": own, "once": once})

@@ -2,13 +2,14 @@
 
     python benchmarks/pretraining.py
 
-Claim under test: the founding notes give 1.5 hours side by side against 10 hours one after the other, for eight experts. Side by side,
-one packed row holds an example of every domain, each token forced to its domain's expert. One after the other, each expert is an
-adapter of its own with the same masks, and sees only its examples. Both see the same tokens per expert in the same steps, and their
-losses are shares of the same whole, so that the trained weights must be equal but for rounding; the largest difference is shown.
+Claim under test: the founding notes give 1.5 hours side by side against 10 hours one after the other, for eight experts. Side by
+side, one packed row holds an example of every domain, each token forced to its domain's expert. One after the other, each expert
+is an adapter of its own with the same masks, and sees only its examples. Both see the same tokens per expert in the same steps,
+and their losses are shares of the same whole, so that the trained weights must be equal but for rounding; the largest difference
+is shown.
 
-What is gained is what a step costs beside its tokens: reading the base's weights, calling its kernels, the optimizer. So the ratio
-depends on the tokens per expert and step, and several numbers are measured, in turns, in one process.
+What is gained is what a step costs beside its tokens: reading the base's weights, calling its kernels, the optimizer. So the
+ratio depends on the tokens per expert and step, and several numbers are measured, in turns, in one process.
 """
 
 from __future__ import annotations

@@ -71,10 +71,10 @@ def slow_draft(score, count):
     for turn in range(turns):
         for e in range(experts) if turn % 2 == 0 else range(experts - 1, -1, -1):
             free = [f for f in range(size) if not any(f in own for own in chosen)]
-            chosen[e].append(max(free, key=lambda f: (score[e][f], -f)))  # noqa: B023
+            chosen[e].append(max(free, key=lambda f: (score[e][f], -f)))
     for e, own in enumerate(chosen):
         while len(own) < count:
-            own.append(max((f for f in range(size) if f not in own), key=lambda f: (score[e][f], -f)))  # noqa: B023
+            own.append(max((f for f in range(size) if f not in own), key=lambda f: (score[e][f], -f)))
     return [sorted(own) for own in chosen]
 
 

@@ -40,7 +40,7 @@ def test_without_noise_the_best_are_chosen(how):
     selector.train(how == "temperature 0")
     mask, indices = selector()
     for e, logits in enumerate(selector.logits.tolist()):
-        want = sorted(sorted(range(50), key=lambda f: -logits[f])[:10])  # noqa: B023
+        want = sorted(sorted(range(50), key=lambda f: -logits[f])[:10])
         assert indices[e].tolist() == want and mask[e].nonzero().flatten().tolist() == want
     assert mask.requires_grad == (how == "evaluation")
 

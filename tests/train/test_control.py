@@ -154,9 +154,9 @@ def test_masks_are_given_when_their_phase_ends_and_never_again(tmp_path):
     _, controller, steps, events = run(tmp_path, settings(prune_by="importance"), model=model)
     after = [layer.srde_experts["default"].index for layer in model.srde.layers.values()]
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert controller.learner is None and {n: v.shape for n, v in controller.importance.items()} == {
-        name: (4, 9) for name in model.srde.layers
-    }
+    assert controller.learner is None and {
+        n: v.shape for n, v in controller.importance.items()
+    } == dict.fromkeys(model.srde.layers, (4, 9))
     assert not any(step["change"][f"index {n}"].any() for step in steps for n in (0, 1))
     assert [(name, step) for name, step, _ in events] == [("phase", step) for step in (0, 2, 4, 6, 8)]
     assert events[1][2] == "mask_learning, steps 2 to 4"
@@ -219,7 +219,7 @@ def test_sparsity_falls_as_scheduled_while_values_train(tmp_path, prune_by):
         assert delta.index.shape == (4, 2) and delta.values.shape == (3, 4, 2, 32)
         assert delta.values.abs().amax((0, 2, 3)).min() > 0
     cuts = [step for name, step, _ in events if name == "prune"]
-    assert cuts == sorted(set(cuts)) and 3 < cuts[0] and cuts[-1] <= 11
+    assert cuts == sorted(set(cuts)) and cuts[0] > 3 and cuts[-1] <= 11
     assert {v.shape for v in controller.importance.values()} == (
         set() if prune_by == "magnitude" else {(4, 2)}
     )
@@ -259,7 +259,7 @@ def best(score):
     keep = torch.zeros_like(score, dtype=torch.bool)
     for where in torch.cartesian_prod(*map(torch.arange, score.shape[:-1])).view(-1, score.ndim - 1).tolist():
         own = score[*where].tolist()
-        for n in sorted(range(len(own)), key=lambda n: -own[n])[: len(own) // 2]:  # noqa: B023
+        for n in sorted(range(len(own)), key=lambda n: -own[n])[: len(own) // 2]:
             keep[(*where, n)] = True
     return keep
 

@@ -6,22 +6,25 @@ or send notifications are tested here with one case each, and in full by the fil
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import transformers.integrations.integration_utils as integrations
-from flag_runs import WORDS, Runs
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 import srde.train.record
+from flag_runs import Runs
 from srde.errors import ConfigError, DataError, TrainingError
 from srde.train.arguments import DataArguments, ExpertArguments, ModelArguments, RunArguments, parse
 from srde.train.data import NumberedCollator
 from srde.train.resolve import resolve
+from tiny import VOCABULARY, tiny, tiny_tokenizer
 from webhook_server import WebhookServer
 
 TESTED: set[str] = set()
@@ -39,10 +42,15 @@ def shows(*flags):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs without plots, which take as long as the rest and have tests of their own."""
+    """Runs without what takes most of their time and has tests of its own: plots, waiting for the disk, looking for garbage
+    among all that the other tests have imported."""
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("srde.monitor.plots.save_plots", lambda *_: [])
+        patch.setattr(os, "fsync", lambda _: None)
         yield Runs(tmp_path_factory.mktemp("flags"))
+    gc.unfreeze()
 
 
 # ---- the base -----------------------------------------------------------------------------------------------------------
@@ -69,11 +77,19 @@ def test_the_base_is_loaded_as_asked(runs):
 @pytest.mark.parametrize(
     ("kind", "package", "name"), [("nf4", "bitsandbytes", "Params4bit"), ("int8", "torchao", "Int8Tensor")]
 )
-def test_the_base_is_quantised(runs, kind, package, name):
+def test_the_base_is_quantised(runs, tmp_path, kind, package, name):
     pytest.importorskip(package)
-    weight = runs(f"--quantization {kind} --max_steps 2 --mask_init random").model.get_parameter(
-        "base_model.model.model.layers.0.self_attn.q_proj.weight"
-    )
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+    }
+    tiny(**sizes, vocab_size=VOCABULARY).save_pretrained(tmp_path)  # bitsandbytes packs 64 weights to a scale
+    tiny_tokenizer().save_pretrained(tmp_path)
+    flags = f"--model_name {tmp_path} --quantization {kind} --max_steps 2 --mask_init random"
+    weight = runs(flags).model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.weight")
     assert name in (type(weight).__name__, type(weight.data).__name__)
 
 
@@ -228,7 +244,7 @@ def test_what_experts_rewrite(runs):
         runs(f"{short} --granularity element --mask_seed 1"),
         runs(f"{short} --granularity element --mask_seed 2"),
     )
-    assert one.tensor("values").ndim == 2 < runs().tensor("values").ndim
+    assert one.tensor("values").ndim == 3 < runs().tensor("values").ndim
     assert not torch.equal(one.tensor("index"), other.tensor("index"))
     assert list(runs().phases) == ["mask_learning", "delta_training", "joint"]
     assert "mask_learning" not in runs("--max_steps 1 --mask_init random").phases
@@ -255,7 +271,7 @@ def test_the_learning_rate_follows_its_schedule(runs):
     assert run.log("learning_rate") == pytest.approx(
         [0, 0, 0.005, 0.01, 0.01, 0.01]
     )  # the first step learns masks
-    assert max(runs().log("learning_rate")) == pytest.approx(0.003) > runs().log("learning_rate")[-1]
+    assert max(runs().log("learning_rate")) == pytest.approx(0.003) != runs().log("learning_rate")[-1]
 
 
 @shows(
@@ -400,9 +416,3 @@ def test_the_founding_notes_command_runs_as_written(runs):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines][1:4] == ["expert_pretraining", "expert_pretraining", "joint"]
     assert (out / "adapter_model.safetensors").is_file() and Path(out / "checkpoint-10").is_dir()
-
-
-def test_rows_are_of_all_lengths(runs):
-    """What the tests above rely on."""
-    rows = [json.loads(line) for line in runs.rows.read_text().splitlines()]
-    assert {row["domain"] for row in rows} == {"math", "code", "logic"} and len(WORDS) > 8

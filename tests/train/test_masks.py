@@ -1,6 +1,7 @@
 """Mask learning: gains against autograd on the experts' own deltas, planted neurons, and going on from a saved state."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -33,59 +34,66 @@ def batch(rows, length, padding=0):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def slow_gate(router, x, e, forced):
+    """The gate of expert e for one token."""
+    if e >= router.num_experts:  # shared
+        return 1.0
+    if forced is not None:
+        return float(forced == e)
+    logits = router.weight.detach() @ x / router.temperature
+    best = logits.topk(router.top_k).indices.tolist()
+    return float(logits[best].softmax(0)[best.index(e)]) if e in best else 0.0
+
+
+class SlowExpert:
+    """One expert of one MLP of the plain base: ``x W' + g_t x Delta'`` in each linear layer, Delta zero and trained."""
+
+    def __init__(self, layer, block, e, forced):
+        self.router, self.e, self.forced = layer.srde_router["default"], e, forced
+        layout = layer.layout
+        width, neurons = layout.hidden_size, layout.intermediate_size
+        first = getattr(block, layout.ups[0]) if layout.loose else block  # OPT's MLP has no module of its own
+        first.register_forward_pre_hook(self.route)
+        self.ups = [
+            torch.zeros(neurons * (2 if layout.fused else 1), width, requires_grad=True) for _ in layout.ups
+        ]
+        self.down = torch.zeros(width, neurons, requires_grad=True)
+        for name, delta in zip((*layout.ups, layout.down), (*self.ups, self.down), strict=True):
+            getattr(block, name).register_forward_hook(partial(self.add, delta))
+
+    def route(self, _module, args):
+        x_TD = args[0].detach().flatten(0, -2)
+        forced_T = [None] * len(x_TD) if self.forced is None else self.forced.tolist()
+        gates = [slow_gate(self.router, x, self.e, f) for x, f in zip(x_TD, forced_T, strict=True)]
+        self.gate_T1 = torch.tensor(gates).unsqueeze(1)
+
+    def add(self, delta, _module, args, out):
+        x_TI = args[0].flatten(0, -2)
+        return out + (self.gate_T1 * F.linear(x_TI, delta)).view(out.shape)
+
+    def gains(self):
+        """Squared norms of the gradients by each neuron's own weights [F]."""
+        halves = [half for up in self.ups for half in up.grad.split(self.down.shape[1])]
+        return sum(half.square().sum(1) for half in halves) + self.down.grad.square().sum(0)
+
+
 def slow_gains(model, inputs, forced=None):
-    """Squared norms of the gradients by a dense delta of each expert, one expert at a time: layer -> [E, F].
-
-    The base alone, with ``x W' + g_te x Delta_e'`` in place of each linear layer, Delta_e zero and trained.
-    """
-    layers = model.srde.layers
-    found = {}
-    for e in range(next(iter(layers.values())).srde_experts["default"].num_experts):
-        plain, deltas, gates, handles = copy.deepcopy(model).unload(), {}, {}, []
-        plain.requires_grad_(False)
-        for name, layer in layers.items():
-
-            def route(_module, args, name=name, router=layer.srde_router["default"]):
-                x_TD = args[0].detach().reshape(-1, args[0].shape[-1])
-                rows = []
-                for t, x in enumerate(x_TD):
-                    logits = router.weight.detach() @ x / router.temperature
-                    best = logits.topk(router.top_k).indices.tolist()
-                    shares = dict(zip(best, logits[best].softmax(0).tolist(), strict=True))
-                    shares |= {router.num_experts + s: 1.0 for s in range(router.num_shared)}
-                    if forced is not None:
-                        shares = (
-                            {e: 1.0 if e == int(forced[t]) else 0.0} if e < router.num_experts else {e: 1.0}
-                        )
-                    rows.append(shares.get(e, 0.0))
-                gates[name] = torch.tensor(rows).view(*args[0].shape[:-1], 1)
-
-            block, layout = plain.get_submodule(name), layer.layout
-            first = (
-                getattr(block, layout.ups[0]) if layout.loose else block
-            )  # OPT's MLP has no module of its own
-            handles.append(first.register_forward_pre_hook(route))
-            deltas[name] = []
-            wide, narrow = layout.intermediate_size * (2 if layout.fused else 1), layout.hidden_size
-            for child in (*layout.ups, layout.down):
-                linear = getattr(block, child)
-                shape = (narrow, layout.intermediate_size) if child == layout.down else (wide, narrow)
-                delta = torch.zeros(shape, requires_grad=True)
-                deltas[name].append(delta)
-
-                def add(_module, args, out, delta=delta, name=name):
-                    gate = gates[name].reshape(*args[0].shape[:-1], 1)
-                    return out + gate * F.linear(args[0], delta)
-
-                handles.append(linear.register_forward_hook(add))
+    """Layer -> [E, F], one expert at a time."""
+    found = {name: [] for name in model.srde.layers}
+    for e in range(next(iter(model.srde.layers.values())).srde_experts["default"].num_experts):
+        plain = copy.deepcopy(model).unload().requires_grad_(False)
+        experts = {
+            n: SlowExpert(layer, plain.get_submodule(n), e, forced) for n, layer in model.srde.layers.items()
+        }
         plain(**inputs).loss.backward()
-        for name, (*ups, down) in deltas.items():
-            score_F = down.grad.square().sum(0)
-            for up in ups:
-                for half in up.grad.split(len(score_F)):
-                    score_F = score_F + half.square().sum(1)
-            found.setdefault(name, []).append(score_F)
+        for name, expert in experts.items():
+            found[name].append(expert.gains())
     return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def assert_same_gains(got_EF, want_EF):
+    largest = want_EF.amax()
+    torch.testing.assert_close(got_EF / largest, want_EF / largest, atol=1e-5, rtol=1e-3)
 
 
 def heard(model, inputs, forced=None):
@@ -113,7 +121,7 @@ def test_gains_are_the_gradients_by_each_experts_own_weights(model_type, tokens)
     assert set(got) == set(want) == set(model.srde.layers)
     for name in want:
         assert got[name].shape == (4, 48) and (want[name].amax(1) > 0).all()
-        torch.testing.assert_close(got[name] / want[name].amax(), want[name] / want[name].amax(), atol=1e-5, rtol=1e-3)  # fmt: skip
+        assert_same_gains(got[name], want[name])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
@@ -123,7 +131,7 @@ def test_forced_tokens_count_for_their_expert_alone(model_type):
     got, want = heard(model, inputs, forced), slow_gains(model, inputs, forced.repeat_interleave(8))
     for name in want:
         assert not got[name][1].any() and not want[name][1].any()  # nobody's tokens: nothing is heard
-        torch.testing.assert_close(got[name] / want[name].amax(), want[name] / want[name].amax(), atol=1e-5, rtol=1e-3)  # fmt: skip
+        assert_same_gains(got[name], want[name])
 
 
 def test_padding_says_nothing():

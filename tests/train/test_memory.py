@@ -11,6 +11,7 @@ from srde import SrdeConfig
 from srde.errors import TrainingError
 from srde.train.memory import halves, means_out_of_memory, out_of_memory, parts
 from srde.train.trainer import SrdeTrainer
+from srde.tuner.config import LOSS_COEFS
 from tiny import tiny
 
 IGNORE = -100
@@ -86,7 +87,7 @@ def test_one_example_cannot_be_halved():
 def test_shares_of_the_loss_and_gradients_add_up_to_the_wholes(kind, counted, tmp_path):
     """With the trainer's count of tokens, and with means over the part that are weighted by their share."""
     torch.manual_seed(0)
-    settings = dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "orthogonality_loss_coef", "sparsity_loss_coef"), 0.0)  # fmt: skip
+    settings = dict.fromkeys(LOSS_COEFS, 0.0)
     model = get_peft_model(tiny(), SrdeConfig(num_experts=4, **settings))
     for layer in model.srde.layers.values():
         torch.nn.init.normal_(layer.srde_experts["default"].values, std=0.1)

@@ -165,15 +165,16 @@ def test_pruning_takes_the_momentum_of_what_stays():
     train(model, optimizer, 2)
     deltas = {name: layer.srde_experts["default"] for name, layer in model.srde.layers.items()}
     old = {name: optimizer.state[d.values]["momentum_buffer"].clone() for name, d in deltas.items()}
-    routers = [optimizer.state[layer.srde_router["default"].weight]["momentum_buffer"].clone() for layer in model.srde.layers.values()]  # fmt: skip
+    routers = [layer.srde_router["default"].weight for layer in model.srde.layers.values()]
+    before = [optimizer.state[weight]["momentum_buffer"].clone() for weight in routers]
     kept = prune_adapter(model, 0.1, optimizer=optimizer)
     for name, delta in deltas.items():
         momentum = optimizer.state[delta.values]["momentum_buffer"]
         assert momentum.shape == delta.values.shape == (3, 4, 4, 32)
         for e in range(4):
             assert torch.equal(momentum[:, e], old[name][:, e, kept[name][e]])
-    for layer, before in zip(model.srde.layers.values(), routers, strict=True):
-        assert torch.equal(optimizer.state[layer.srde_router["default"].weight]["momentum_buffer"], before)
+    for weight, momentum in zip(routers, before, strict=True):
+        assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
     train(model, optimizer, 2)
 
 

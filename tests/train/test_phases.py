@@ -100,7 +100,7 @@ def test_every_step_is_in_exactly_one_phase_and_phases_come_in_order():
             if (given := settings.get(phase.name)) and phase.name in ("warm_up", "mask_learning"):
                 assert phase.end - phase.start == given
         start, end = unlock_span(phases)
-        assert 0 < end - start and (start == max_steps or phases.at(start).values)
+        assert end - start > 0 and (start == max_steps or phases.at(start).values)
         assert start == max_steps or phases.at(start).name in ("delta_training", "joint")
     assert accepted > 200
 
