@@ -1,5 +1,8 @@
 """`srde recipes`, and the recipes themselves."""
 
+import importlib.util
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ import yaml
 from srde.cli import main
 from srde.recipes import recipes
 from srde.train.resolve import resolve
+from tiny import save_tiny
 
 NAMES = ["fast", "max", "ministral-3-14b", "nf4", "seeds", "smollm2"]
 
@@ -110,3 +114,51 @@ def test_the_wheel_has_them(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == list(recipes())
+
+
+def blocks(page):
+    text = (Path(__file__).parents[2] / "docs/guides" / page).read_text()
+    return re.findall(r"^```(bash|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_guides_commands_run_as_written(copied, capsys, monkeypatch):
+    """Copied first and then checked, as a reader would; training is the last of them, here without its plots."""
+    monkeypatch.setattr("srde.monitor.plots.save_plots", lambda *_: [])
+    commands = [
+        line for language, block in blocks("recipes.md") if language == "bash" for line in block.splitlines()
+    ]
+    assert [line.split()[1] for line in commands] == ["config", "config", "recipes", "recipes", "train"]
+    commands.sort(key=lambda line: line.split()[1] != "recipes")
+    rows = "".join(
+        f'{{"prompt": "what is {n}", "response": "yes", "domain": "d{n % 2}"}}\n' for n in range(8)
+    )
+    data = copied / "runs/quickstart/data"
+    data.mkdir(parents=True)
+    for name in ("train.jsonl", "test.jsonl"):
+        (data / name).write_text(rows)
+    base = save_tiny(copied / "base")
+    for command in commands:
+        words = [str(base) if word == "$MODEL" else word for word in shlex.split(command)[1:]]
+        assert main([*words, "--disable_tqdm", "true"] if words[0] == "train" else words) == 0, command
+    out = capsys.readouterr().out
+    assert "40 steps in 4 phases" in out and "# mask_learning " in out and "adapter: runs/recipe" in out
+
+
+def test_the_guides_file_is_read(copied):
+    ((_, text),) = [block for block in blocks("recipes.md") if block[0] == "yaml"]
+    (copied / "run.yaml").write_text(text)
+    assert resolve(["--config", "run.yaml", "--use_cpu"]).run.domain_experts == ["math=0,6", "code=2"]
+
+
+def test_the_reference_has_every_flag_of_ours():
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("hooks", root / "docs/hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.on_page_markdown((root / "docs/reference/training.md").read_text())
+    assert "<!--" not in page and "| `--seed` |" not in page
+    for row in (
+        "| `--model_name_or_path` | required | Hub id or folder of a causal language model. Also `--model_name`. |",
+        "| `--max_length` | `1024` |", "| `--top_k` | `2` |", "| `--mask_init` | `'learned'` |", "| `--nan_policy` | `'stop'` |",
+    ):  # fmt: skip
+        assert row in page

@@ -86,7 +86,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
             place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             names.append(f"metrics, {len(a)} and {len(b)} lines, from {a[place : place + 1]} and {b[place : place + 1]} on")
         elif name == "results":
-            names += [f"results: {key}={a.get(key)!r}, {b.get(key)!r}" for key in a if a.get(key) != b.get(key)]
+            names += [f"results: {key}" for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
         else:
             names.append(name)
     return names

@@ -48,7 +48,7 @@ def cut(file, keep):
         *(
             pytest.param(name, keep, marks=pytest.mark.slow)
             for name in ("adapter_model.safetensors", "trainer_state.json", "MANIFEST.json")
-            for keep in (0, 0.5, -1)
+            for keep in (0, 0.5, -2 if name == "MANIFEST.json" else -1)  # its last byte is a line break, which JSON may lack
         ),
     ],
 )
@@ -58,8 +58,6 @@ def test_a_truncated_checkpoint_is_passed_over_or_refused(lab, out, name, keep):
     job = lab.run(out, "--resume_from_checkpoint", str(out / "checkpoint-12"), before=UNTOUCHED)
     assert job.code == 1, job.text()[-3000:]
     reason = "must be JSON" if name == "MANIFEST.json" else f"{file}: bytes="
-    if name == "MANIFEST.json" and keep == -1:
-        pytest.skip("the last byte is a line break, without which it is the same JSON")
     assert str(file) in job.last_line() and reason in job.last_line()
     assert checkpoints(out)[0].name == "checkpoint-12"  # nothing was touched
     lab.same(out)

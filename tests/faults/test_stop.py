@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 
 import pytest
@@ -66,6 +67,26 @@ def test_sigterm_stops_a_run_that_then_ends_the_same(lab, tmp_path, names):
         last = events(out)[-1]
         assert last["event"] == "stopped" and last["pid"] == job.pid
     lab.same(out)
+
+
+AT_CPU_TIME = """
+import os, signal
+signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+signal.setitimer(signal.ITIMER_PROF, {seconds})
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_at_random_moments(lab, tmp_path):
+    """Half of them while the run loads, where a signal is an exception in the middle of some library."""
+    rng, codes = random.Random(3), []
+    for number in range(24):
+        first = AT_CPU_TIME.format(seconds=rng.uniform(0.01, 0.25) if number % 2 else rng.uniform(0.1, 0.4))
+        job = lab.run(tmp_path / "out", before=first)
+        codes.append(job.code)
+        assert job.code in (0, STOPPED) or (job.code == -signal.SIGTERM and "Loading" not in job.text()), job.text()[-3000:]
+    assert codes.count(STOPPED) >= 6
+    lab.same(tmp_path / "out")
 
 
 def test_sigterm_after_the_last_step_does_not_matter(lab, tmp_path):

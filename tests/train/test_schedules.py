@@ -32,10 +32,11 @@ def test_cuts_fall_in_the_span_that_trains_values():
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 7, 5000])
 def test_every_run_ends_at_its_target(max_steps):
-    for start in {0, max_steps - 1, max_steps // 2}:
+    for start in {0, max_steps // 2, max_steps - 1, max_steps}:
         schedule = SparsitySchedule(0.05, 0.01, start=start)
         values = [schedule.at(step, max_steps) for step in range(max_steps + 1)]
         assert values[-1] == pytest.approx(0.01) and all(a >= b for a, b in pairwise(values))
+        assert set(values[:start]) <= {0.05}
 
 
 def test_a_line_goes_from_first_to_last_and_is_flat_outside():

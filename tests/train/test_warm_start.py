@@ -93,6 +93,15 @@ def test_a_rare_domain_counts_as_much_as_a_common_one():
             assert (choice == group).float().mean() > 0.9
 
 
+def test_clusters_are_numbered_by_shares_and_not_by_counts():
+    """Cluster 0 has most of the common domain and all of the rare one; it is the rare one's, or that would have none."""
+    group = torch.tensor([0] * 100 + [1] * 60)
+    expert = torch.tensor([0] * 90 + [1] * 10 + [0] * 60)
+    x = torch.eye(2, 5)[group] + 0.01 * torch.randn(160, 5, generator=torch.Generator().manual_seed(0))
+    _, cluster = by_cluster(x, 2, 0, expert, None)
+    assert cluster.tolist() == (1 - group).tolist()
+
+
 def test_domain_routers_are_least_squares_of_even_experts():
     generator = torch.Generator().manual_seed(0)
     x, expert = torch.randn(300, 10, generator=generator), torch.randint(-1, 3, (300,), generator=generator)

@@ -349,11 +349,14 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunA
     except SrdeError:
         raise
     except ValueError as error:  # what Transformers says about its own settings
+        names = " ".join(
+            word.partition("=")[0] for word in argv if word.startswith("--")
+        )  # values may be secrets
         raise ConfigError.of(
             "settings",
-            " ".join(argv),
+            names,
             rule=f"Transformers refuses them: {str(error).rstrip('.')}",
-            fix="correct them",
+            fix="correct them; settings for a machine with other devices are checked with --use_cpu",
         ) from error
     refuse_unknown(
         "train", unknown, [option for action in flags._actions for option in action.option_strings]

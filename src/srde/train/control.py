@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -176,7 +177,9 @@ class Controller(TrainerCallback):
             product = delta.values.detach() * delta.values.grad
             score = (product.sum((0, 3)) if product.ndim == 4 else product).abs()
             old = self.importance.get(layer.name)
-            self.importance[layer.name] = score if old is None else _EMA * old + (1 - _EMA) * score
+            if old is not None:  # an expert without a gradient keeps its scores, or they would fade to ties
+                score = torch.where((score != 0).any(-1, keepdim=True), _EMA * old + (1 - _EMA) * score, old)
+            self.importance[layer.name] = score
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -177,6 +177,11 @@ class Job:
 
     def _phases(self) -> Phases:
         args = self.args
+        if args.prune_by == "importance" and self.config.mask_init != "learned":
+            raise ConfigError.of(
+                "prune_by", "importance", rule="importance is what mask learning finds, and this run learns no masks",
+                fix="pass --mask_init learned, or --prune_by magnitude",
+            )  # fmt: skip
         return plan_phases(
             args.max_steps,
             warm_up=args.phase_warmup_steps,
@@ -204,12 +209,13 @@ class Job:
         elif args.warm_start == "domains":
             supervision = Supervision(0, config.num_experts, table=table)
         start, end = unlock_span(phases, args.unlock_steps)
+        # experts that are locked and not pre-trained have changed nothing yet: there is nothing to choose by
+        waits = args.progressive_unlock != "none" and forced is None
+        cuts_from = end if waits else phases.first_trained
         last = config.router_temperature
         settings = Settings(
             phases=phases,
-            sparsity=SparsitySchedule(
-                config.initial_sparsity, config.target_sparsity, start=phases.first_trained
-            ),
+            sparsity=SparsitySchedule(config.initial_sparsity, config.target_sparsity, start=cuts_from),
             temperature=LinearSchedule(
                 args.router_temperature_start or last,
                 last,
@@ -248,6 +254,8 @@ class Job:
         trainer.supervision = supervision
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             _require_whole(config, args)
+        if trainer.is_deepspeed_enabled:
+            _require_plain(config, args, phases)
         if self.callbacks:
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -379,6 +387,31 @@ def _require_whole(config: SrdeConfig, args: RunArguments) -> None:
     if args.use_muon:
         raise ConfigError.of(
             "use_muon", True, rule=f"{rule}, and Muon needs whole matrices", fix="train with DDP"
+        )
+
+
+def _require_plain(config: SrdeConfig, args: RunArguments, phases: Phases) -> None:
+    """Refuses what needs a place between the gradients and the optimizer's step: DeepSpeed has none.
+
+    Raises:
+        ConfigError: Masks are to be learned, routers to be held, or steps to be skipped.
+    """
+    rule = "DeepSpeed steps as soon as it has the gradients"
+    if config.mask_init == "learned":
+        raise ConfigError.of(
+            "mask_init",
+            "learned",
+            rule=f"{rule}, and mask learning is no such step",
+            fix="pass --mask_init gradient",
+        )
+    if phases.named("delta_training") is not None:
+        raise ConfigError.of(
+            "delta_training_steps", args.delta_training_steps, rule=f"{rule}, so that routers cannot be held meanwhile",
+            fix="pass --delta_training_steps 0, or the number of --expert_pretrain_steps",
+        )  # fmt: skip
+    if args.nan_policy == "skip":
+        raise ConfigError.of(
+            "nan_policy", "skip", rule=f"{rule}, and none can be skipped", fix="leave it out"
         )
 
 

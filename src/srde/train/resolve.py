@@ -20,6 +20,7 @@ from srde.train.arguments import (
 )
 from srde.train.config_file import files_of, settings
 from srde.train.phases import Phases, plan_phases
+from srde.tuner import SrdeConfig
 
 SECRET = ("webhook_url", "hub_token")
 MASK = "***"
@@ -60,16 +61,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
         model, data, experts, run = parse(argv)
         config = starting_config(experts)
         _require_pairs(run.domain_experts)
-        phases = None
-        if run.max_steps > 0:
-            phases = plan_phases(
-                run.max_steps,
-                warm_up=run.phase_warmup_steps,
-                mask_learning=run.mask_learning_steps,
-                delta_training=run.delta_training_steps,
-                pretraining=run.expert_pretrain_steps if run.supervised_experts else 0,
-                learn_masks=config.mask_init == "learned",
-            )
+        phases = phases_of(run, config) if run.max_steps > 0 else None
     except SrdeError as error:
         file = files_of(found, str(error))
         if file is None and isinstance(
@@ -80,6 +72,27 @@ def resolve(argv: Sequence[str]) -> Resolved:
             raise
         raise type(error)(f"{file}: {error}") from error
     return Resolved(model, data, experts, run, phases)
+
+
+def phases_of(run: RunArguments, config: SrdeConfig) -> Phases:
+    """The phases of a run whose number of steps is known.
+
+    Raises:
+        ConfigError: They do not fit into the steps, or something is asked of a phase that the run does not have.
+    """
+    if run.prune_by == "importance" and config.mask_init != "learned":
+        raise ConfigError.of(
+            "prune_by", "importance", rule="importance is what mask learning finds, and this run learns no masks",
+            fix="pass --mask_init learned, or --prune_by magnitude",
+        )  # fmt: skip
+    return plan_phases(
+        run.max_steps,
+        warm_up=run.phase_warmup_steps,
+        mask_learning=run.mask_learning_steps,
+        delta_training=run.delta_training_steps,
+        pretraining=run.expert_pretrain_steps if run.supervised_experts else 0,
+        learn_masks=config.mask_init == "learned",
+    )
 
 
 def _require_pairs(entries: Sequence[str] | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from srde.core import Delta
 from srde.errors import ConfigError
 from srde.tuner.control import no_adapter
 
@@ -58,5 +59,18 @@ def prune_adapter(
                 if isinstance(value, torch.Tensor) and value.shape == delta.values.shape:
                     state[name] = delta.take(kept, value)
         delta.shrink(kept)
+        if optimizer is not None:
+            _renew(delta, optimizer)
     config.sparsity = sparsity
     return survivors
+
+
+def _renew(delta: Delta, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a new parameter with the same numbers in the place of the shrunk one, in the optimizer too: whoever kept a graph of
+    the old one (compiled code does) also kept its shape."""
+    old, new = delta.values, nn.Parameter(delta.values.data)
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
+    delta.values = new
