@@ -73,6 +73,7 @@ def test_auto_says_on_the_terminal_what_it_passes_over(lab, out):
     assert "checkpoint-12 is passed over: " in job.text() and "run_state.json: bytes=" in job.text()
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_a_run_begins_anew_and_says_so(lab, out):
     for path in checkpoints(out):
         cut(path / "rng_state.pth", 0.5)
@@ -151,8 +152,12 @@ def no_number(tensors):
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(missing, "missing tensors="), (extra, "unknown tensors="), (misshapen, "shape of "), (no_number, "")],
-    ids=["missing", "extra", "misshapen", "not a number"],
+    [
+        pytest.param(missing, "missing tensors=", id="missing"),
+        pytest.param(extra, "unknown tensors=", id="extra", marks=pytest.mark.slow),
+        pytest.param(misshapen, "shape of ", id="misshapen"),
+        pytest.param(no_number, "", id="not a number", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sealed_checkpoint_with_other_tensors_is_refused(lab, out, spoil, message):
     """Its manifest verifies, so only the tensors themselves can tell."""

@@ -58,6 +58,7 @@ def test_a_disk_that_fills_up_in_a_save_loses_nothing(lab, disk, room):
     lab.same(out, settings=SIMPLE, steps=6)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_from_the_start(lab, disk, tmp_path):
     """Full at other moments: heartbeats, metrics, the first save, the adapter at the end."""
     lab.uninterrupted(settings=SIMPLE, steps=6)

@@ -379,6 +379,8 @@ def test_the_state_goes_to_another_controller_with_the_same_bits():
 
     first.on_step_begin(*at(0))
     learn(first, [2])
+    assert first.learner.temperature.at(3) < 1  # the update is step 2's, not that of the step after it
+    assert {selector.temperature for selector in first.learner.selectors.values()} == {1.0}
     second = Controller(other, given, batches=first_batches)
     second.load_tensors({name: value.clone() for name, value in first.tensors().items()})
     for controller in (first, second):

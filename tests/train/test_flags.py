@@ -314,6 +314,13 @@ def test_phases_and_supervision(runs):
     assert len(set(weights.values())) == 3
 
 
+def test_activations_that_are_computed_twice_change_nothing(runs):
+    """Tokens are forced in the second forward of a layer, which is in backward, as in the first."""
+    flags = "--supervised_experts --mask_init random --expert_pretrain_steps 2 --delta_training_steps 3"
+    plain, twice = runs(flags), runs(f"{flags} --activation_checkpointing")
+    assert twice.log("loss") == plain.log("loss") and twice.log("grad_norm") == plain.log("grad_norm")
+
+
 @shows("progressive_unlock", "unlock_steps")
 def test_experts_are_opened_one_after_the_other(runs):
     plain = "--mask_init random --phase_warmup_steps 0 --delta_training_steps 0"

@@ -11,6 +11,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NOT_HERE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter failed writing")
 
 
 def flush(path: Path) -> None:
@@ -57,7 +58,8 @@ def means_disk_full(error: BaseException) -> bool:
     """Whether a failed write was for want of space (or quota).
 
     Writers of other libraries do not all raise `OSError`: safetensors puts the system's text into an exception of
-    its own, so the text counts too.
+    its own, so the text counts too; PyTorch's says only that its file is shorter than what it wrote.
     """
     code = error.errno if isinstance(error, OSError) else None
-    return code in _FULL or os.strerror(errno.ENOSPC) in str(error)
+    texts = (os.strerror(errno.ENOSPC), *_TORCH_WRITER)
+    return code in _FULL or any(text in str(error) for text in texts)

@@ -133,6 +133,7 @@ class Delta(nn.Module):
         self.values.data = self.take(kept, self.values.data)
         self.values.grad = None
         self.index = self.index.gather(-1, kept)
+        self._disjoint = None
 
     def resize(self, sparsity: float) -> None:
         """Gives values and masks the shapes of a sparsity, all zero, for values that come from a file; the parameter object
@@ -143,6 +144,7 @@ class Delta(nn.Module):
         self.values.data = torch.zeros(shape, dtype=self.values.dtype, device=device)
         self.values.grad = None
         self.index = self.index.new_zeros(*self.index.shape[:-1], count)
+        self._disjoint = None
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, values={tuple(self.values.shape)}"

@@ -60,8 +60,8 @@ def deal(score_S: Tensor, num_experts: int, count: int) -> Tensor:
 def draft(score_ES: Tensor, count: int) -> Tensor:
     """Lets the experts choose in turn, each the best by its own scores that nobody has taken, until each has `count`.
 
-    Who begins changes from round to round (0 1 2, 2 1 0, ...). Where there are not enough for all (E * N > S), an expert that
-    finds nothing free takes the best that it does not have itself.
+    Who begins changes from round to round (0 1 2, 2 1 0, ...). Where there are not enough for all (E * N > S), there are as many
+    whole rounds as can be, and then each expert fills up with the best that it does not have itself.
 
     Returns:
         Long tensor [E, N], ascending for each expert.

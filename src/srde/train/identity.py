@@ -24,6 +24,7 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that the trained numbers depend on, by the name of the flag that sets it."""
     config = model.peft_config["default"]
+    prints = tokenizer_fingerprints(tokenizer)  # rows that are tokenised here also depend on the template
     experts = {
         name: getattr(config, name) for name in (
             "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed",
@@ -50,7 +51,7 @@ def identity(
     }
     return {
         "model_name_or_path": model.peft_config["default"].base_fingerprint,
-        "tokenizer": tokenizer_fingerprints(tokenizer)["vocabulary"],
+        "tokenizer": prints if data_args.train_file else prints["vocabulary"],
         "train_file": data.fingerprint if data_args.train_file else None,
         "pretokenized_dir": data.fingerprint if data_args.pretokenized_dir else None,
         "max_length": data_args.max_length,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,16 @@ from srde.train.control import Controller, Settings, unlock_span
 from srde.train.data import TrainingData, open_data
 from srde.train.identity import identity
 from srde.train.measure import specialisation
-from srde.train.phases import Phases, plan_phases
+from srde.train.phases import Phases
 from srde.train.record import Record
+from srde.train.requirements import require_plain, require_whole
+from srde.train.resolve import phases_of
 from srde.train.runner import RunTrainer
 from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
 from srde.train.state import RunState
 from srde.train.stop import StopSignal, stopped
 from srde.train.supervision import Supervision, domain_table
+from srde.train.trackers import guard, not_installed, require_known
 from srde.tuner import SrdeConfig
 from srde.tuner.loading import load_base
 from srde.tuner.store import save_adapter
@@ -116,7 +120,7 @@ class Job:
         base = self._load_base()
         data = given.prepare(tokenizer, self.data_args.packing and packing_is_exact(base))
         self._settle_arguments(data)
-        phases = self._phases()
+        phases = phases_of(args, self.config)
         model = get_peft_model(base, self.config)
         about = identity(self.model_args, self.data_args, args, model, tokenizer, data, phases)
         state: dict[str, Any] = {}
@@ -170,26 +174,11 @@ class Job:
             per_epoch = max(math.ceil(len(data.train) / rows / args.gradient_accumulation_steps), 1)
             args.max_steps = math.ceil(per_epoch * args.num_train_epochs)
             self.record.max_steps = args.max_steps
+        require_known(args.report_to)
         args.remove_unused_columns = False
         args.dataloader_pin_memory &= torch.cuda.is_available()
         if args.activation_checkpointing and not args.activation_checkpointing_kwargs:
             args.activation_checkpointing_kwargs = {"use_reentrant": False}
-
-    def _phases(self) -> Phases:
-        args = self.args
-        if args.prune_by == "importance" and self.config.mask_init != "learned":
-            raise ConfigError.of(
-                "prune_by", "importance", rule="importance is what mask learning finds, and this run learns no masks",
-                fix="pass --mask_init learned, or --prune_by magnitude",
-            )  # fmt: skip
-        return plan_phases(
-            args.max_steps,
-            warm_up=args.phase_warmup_steps,
-            mask_learning=args.mask_learning_steps,
-            delta_training=args.delta_training_steps,
-            pretraining=args.expert_pretrain_steps if args.supervised_experts else 0,
-            learn_masks=self.config.mask_init == "learned",
-        )
 
     def _trainer(
         self,
@@ -211,7 +200,7 @@ class Job:
         start, end = unlock_span(phases, args.unlock_steps)
         # experts that are locked and not pre-trained have changed nothing yet: there is nothing to choose by
         waits = args.progressive_unlock != "none" and forced is None
-        cuts_from = end if waits else phases.first_trained
+        cuts_from = min(end, args.max_steps) if waits else phases.first_trained
         last = config.router_temperature
         settings = Settings(
             phases=phases,
@@ -235,7 +224,8 @@ class Job:
             supervision=supervision,
             say=self.record.event,
         )
-        trainer = RunTrainer(
+        make = partial(
+            RunTrainer,
             model=model,
             args=args,
             train_dataset=data.train,
@@ -251,11 +241,18 @@ class Job:
             nan_policy=args.nan_policy,
             max_skipped_steps=args.max_skipped_steps,
         )
+        try:
+            trainer = make()
+        except (RuntimeError, ImportError) as error:
+            if args.report_to and "install" in str(error):
+                raise not_installed(args.report_to, error) from error
+            raise
+        guard(trainer)
         trainer.supervision = supervision
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            _require_whole(config, args)
+            require_whole(config, args)
         if trainer.is_deepspeed_enabled:
-            _require_plain(config, args, phases)
+            require_plain(config, args, phases)
         if self.callbacks:
             trainer.remove_callback(PrinterCallback)
         return trainer
@@ -284,6 +281,8 @@ class Job:
             trainer.restore(found, state, RunState(**state["run"]))
         if found is not None and step >= args.max_steps:
             self._restore_finished(trainer, found)
+            if pending:
+                trainer._evaluate(None, None)
         else:
             trainer.train(resume_from_checkpoint=str(found) if found else None)
         if trainer.was_stopped:
@@ -370,49 +369,6 @@ def _unpartitioned(args: RunArguments) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(settings)
-
-
-def _require_whole(config: SrdeConfig, args: RunArguments) -> None:
-    """Refuses what needs whole parameters, under engines that hold them in parts.
-
-    Raises:
-        ConfigError: Sparsity is to fall, or Muon is to be used.
-    """
-    rule = "FSDP and DeepSpeed hold parameters in parts"
-    if config.initial_sparsity != config.target_sparsity:
-        raise ConfigError.of(
-            "initial_sparsity", config.initial_sparsity, rule=f"{rule}, which cannot be pruned",
-            fix=f"pass --initial_sparsity {config.target_sparsity:g} too, or train with DDP",
-        )  # fmt: skip
-    if args.use_muon:
-        raise ConfigError.of(
-            "use_muon", True, rule=f"{rule}, and Muon needs whole matrices", fix="train with DDP"
-        )
-
-
-def _require_plain(config: SrdeConfig, args: RunArguments, phases: Phases) -> None:
-    """Refuses what needs a place between the gradients and the optimizer's step: DeepSpeed has none.
-
-    Raises:
-        ConfigError: Masks are to be learned, routers to be held, or steps to be skipped.
-    """
-    rule = "DeepSpeed steps as soon as it has the gradients"
-    if config.mask_init == "learned":
-        raise ConfigError.of(
-            "mask_init",
-            "learned",
-            rule=f"{rule}, and mask learning is no such step",
-            fix="pass --mask_init gradient",
-        )
-    if phases.named("delta_training") is not None:
-        raise ConfigError.of(
-            "delta_training_steps", args.delta_training_steps, rule=f"{rule}, so that routers cannot be held meanwhile",
-            fix="pass --delta_training_steps 0, or the number of --expert_pretrain_steps",
-        )  # fmt: skip
-    if args.nan_policy == "skip":
-        raise ConfigError.of(
-            "nan_policy", "skip", rule=f"{rule}, and none can be skipped", fix="leave it out"
-        )
 
 
 def _step_of(found: Path | None) -> int:

@@ -4,9 +4,10 @@ Letters: T tokens, D model width, F hidden neurons, E experts (routed, then shar
 
 While masks are learned the deltas are zero and the model is the base. If expert e moved its neuron f along that neuron's
 steepest descent by a step of length 1, the loss would fall by ``gain_ef``: the norm of the gradient of the loss by the
-neuron's weights (its rows in the D -> F matrices and its column in the other), over the expert's tokens and weighted with
-its gates. That is minus the loss's gradient by the mask's entry, and it is what the selector (Gumbel top-k, straight-through)
-is trained with, step after step, while its temperature falls. Nothing of size E x F x D is ever kept.
+neuron's weights (its rows in the D -> F matrices and its column in the other), over the expert's tokens and weighted with its
+gates. That is minus the loss's gradient by the mask's entry, and it is what the selector (Gumbel top-k, straight-through) is
+trained with, step after step, while its temperature falls. Squared norms of micro-batches (and processes) are added up.
+Nothing of size E x F x D is ever kept.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srde.data.tokenize import IGNORE
-from srde.tuner import Routing
+from srde.train.memory import LOWER_HELD_OUT, means_out_of_memory, out_of_memory
+from srde.tuner import Routing, RoutingRecord
 
 PERMUTATIONS = 999
 
@@ -63,17 +64,13 @@ def measure(
         batch.pop("row_ids", None)
         if domain_ids is None:
             domain_ids = torch.full_like(labels, -1)
-        with torch.no_grad():
-            if isinstance(routing, Routing):
-                with routing.record() as record:
-                    logits = model(**batch).logits
-            else:
-                record, logits = None, model(**batch).logits
-            targets = labels[:, 1:]
-            loss_BS = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
-            ).view(targets.shape)
-        trained = targets != IGNORE
+        try:
+            loss_BS, record = _forward(model, routing, batch, labels)
+        except (RuntimeError, MemoryError) as error:
+            if means_out_of_memory(error):
+                raise out_of_memory(original, error, LOWER_HELD_OUT) from error
+            raise
+        trained = labels[:, 1:] != IGNORE
         for domain in domain_ids[:, 1:][trained].unique().tolist():
             mine = trained & (domain_ids[:, 1:] == domain)
             total = sums.setdefault(domain, [0.0, 0])
@@ -93,6 +90,23 @@ def measure(
         gate_NLE=np.stack([gate for _, gate in gates]) if gates else None,
         domain_N=np.array([domain for domain, _ in gates], dtype=np.int64),
     )
+
+
+@torch.no_grad()
+def _forward(
+    model: nn.Module, routing: Any, batch: dict[str, Any], labels: Tensor
+) -> tuple[Tensor, RoutingRecord | None]:
+    """The loss of each token but the first of a row, and what the routers decided."""
+    if isinstance(routing, Routing):
+        with routing.record() as record:
+            logits = model(**batch).logits
+    else:
+        record, logits = None, model(**batch).logits
+    targets = labels[:, 1:]
+    loss_BS = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return loss_BS.view(targets.shape), record
 
 
 def _by_example(

@@ -63,14 +63,20 @@ def parts(batch: dict[str, Any], times: int) -> list[dict[str, Any]]:
     return result
 
 
-def out_of_memory(batch: dict[str, Any], error: BaseException) -> TrainingError:
+LOWER = (
+    "Lower --max_length, then --per_device_train_batch_size, or pass --gradient_checkpointing true, --dtype bfloat16 "
+    "or --quantization nf4"
+)
+LOWER_HELD_OUT = "Lower --per_device_eval_batch_size, then --max_length"
+
+
+def out_of_memory(batch: dict[str, Any], error: BaseException, fix: str = LOWER) -> TrainingError:
     """The error for a batch that does not fit and cannot be made smaller."""
     rows, length = batch["input_ids"].shape
     failure = TrainingError.of(
         "batch", f"{rows} x {length} tokens",
         rule=f"out of memory: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
-        fix="Lower --max_length, then --per_device_train_batch_size, or pass --gradient_checkpointing true, --dtype bfloat16 "
-        "or --quantization nf4",
+        fix=fix,
     )  # fmt: skip
     assert isinstance(failure, TrainingError)
     return failure

@@ -30,6 +30,8 @@ class SparsitySchedule:
 
     def at(self, step: int, max_steps: int) -> float:
         """The sparsity after `step` of `max_steps` steps."""
+        if step < self.start:
+            return self.initial
         span = max_steps - self.start
         length = (self.end - self.begin) * span
         done = step - self.start - self.begin * span

@@ -136,10 +136,22 @@ class StepTrainer(SrdeTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self.controller.drop_inactive_gradients()
-        return super()._clip_grad_norm(model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        norm = self._total_norm()
+        if norm.isfinite():  # otherwise clipping would spread what is not finite over all gradients
+            parameters = [p for p in model.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
+    def _total_norm(self) -> Tensor:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         self.controller.drop_inactive_gradients()
+        if grad_norm is None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            grad_norm = self._total_norm()
         norm = super()._get_grad_norm(model, grad_norm)
         loss = self._step_loss
         assert loss is not None

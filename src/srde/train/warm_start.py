@@ -45,7 +45,7 @@ def warm_start(
         adapter: The adapter's name.
 
     Raises:
-        DataError: "domains" is asked for and no token has one.
+        DataError: "domains" is asked for and no token has one, or there are fewer tokens than clusters.
     """
     layers = [layer for layer in model.srde.layers.values() if adapter in layer.srde_router]
     states, expert_N = _collect(model, layers, batches, expert_of, seed)
@@ -53,6 +53,12 @@ def warm_start(
         raise DataError.at(
             "training rows", None, "domain", "no row has one, and --warm_start domains needs them"
         )
+    most = max(layer.srde_router[adapter].num_experts for layer in layers)
+    if how == "kmeans" and len(expert_N) < most:
+        raise DataError.at(
+            "training rows", None, "tokens", f"{len(expert_N)} are too few for {most} clusters, one per expert; "
+            "leave --warm_start out",
+        )  # fmt: skip
     before: np.ndarray | None = None
     for layer in layers:
         router = layer.srde_router[adapter]
@@ -94,7 +100,7 @@ def by_cluster(
 
 def by_domain(x_ND: Tensor, expert_N: Tensor, num_experts: int, present_ED: Tensor) -> Tensor:
     """Router weights [E, D] that tell the experts' domains apart: the least-squares classifier (ridge) of one-hot targets,
-    every expert weighing the same. Experts without tokens keep their direction, at a length that is chosen last.
+    every expert weighing the same. Experts without tokens keep their weights.
 
     Args:
         x_ND: Hidden states.

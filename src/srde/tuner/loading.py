@@ -34,6 +34,8 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
+    from srde.tuner.model import keep_weights_unpacked
+
     if dtype not in DTYPES:
         raise ConfigError.of(
             "dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them"
@@ -42,7 +44,9 @@ def load_base(
         kwargs["quantization_config"] = _quantization(quantization, dtype)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     with explained("model_name_or_path", name_or_path):
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=wanted, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=wanted, **kwargs)
+    keep_weights_unpacked(model)  # before anything runs it
+    return model
 
 
 def _quantization(kind: str, dtype: str) -> Any:

@@ -1,0 +1,51 @@
+"""What engines that hold parameters in parts cannot do, refused before it would go wrong in silence."""
+
+from __future__ import annotations
+
+from srde.errors import ConfigError
+from srde.train.arguments import RunArguments
+from srde.train.phases import Phases
+from srde.tuner import SrdeConfig
+
+
+def require_whole(config: SrdeConfig, args: RunArguments) -> None:
+    """Refuses what needs whole parameters, under engines that hold them in parts.
+
+    Raises:
+        ConfigError: Sparsity is to fall, or Muon is to be used.
+    """
+    rule = "FSDP and DeepSpeed hold parameters in parts"
+    if config.initial_sparsity != config.target_sparsity:
+        raise ConfigError.of(
+            "initial_sparsity", config.initial_sparsity, rule=f"{rule}, which cannot be pruned",
+            fix=f"pass --initial_sparsity {config.target_sparsity:g} too, or train with DDP",
+        )  # fmt: skip
+    if args.use_muon:
+        raise ConfigError.of(
+            "use_muon", True, rule=f"{rule}, and Muon needs whole matrices", fix="train with DDP"
+        )
+
+
+def require_plain(config: SrdeConfig, args: RunArguments, phases: Phases) -> None:
+    """Refuses what needs a place between the gradients and the optimizer's step: DeepSpeed has none.
+
+    Raises:
+        ConfigError: Masks are to be learned, routers to be held, or steps to be skipped.
+    """
+    rule = "DeepSpeed steps as soon as it has the gradients"
+    if config.mask_init == "learned":
+        raise ConfigError.of(
+            "mask_init",
+            "learned",
+            rule=f"{rule}, and mask learning is no such step",
+            fix="pass --mask_init gradient",
+        )
+    if phases.named("delta_training") is not None:
+        raise ConfigError.of(
+            "delta_training_steps", args.delta_training_steps, rule=f"{rule}, so that routers cannot be held meanwhile",
+            fix="pass --delta_training_steps 0, or the number of --expert_pretrain_steps",
+        )  # fmt: skip
+    if args.nan_policy == "skip":
+        raise ConfigError.of(
+            "nan_policy", "skip", rule=f"{rule}, and none can be skipped", fix="leave it out"
+        )
