@@ -1,7 +1,7 @@
 """Runs `srde` commands in processes that can be killed, many in a short time.
 
-Importing torch and Transformers takes seconds and a run on a tiny model a fraction of one. So one process imports everything once and
-then forks a child for each command: a real process with a real command line, its own process group, and its own end.
+Importing torch and Transformers takes seconds and a run on a tiny model a fraction of one. So one process imports everything
+once and then forks a child for each command: a real process with a real command line, its own process group, its own end.
 
 Two things are left out in the children, as they take most of such a run's time and no kill can tell: `os.fsync` (what was handed
 to the system outlives the process) and the plots.
@@ -28,7 +28,7 @@ import torch
 torch.set_num_threads(1)
 from accelerate.utils import extract_model_from_parallel
 from srde.cli import main
-import srde.train.run, srde.monitor.plots
+import srde.cli.train, srde.train.run, srde.monitor.plots, srde.monitor.run
 from srde.data.tokenizers import load_tokenizer
 from srde.tuner.loading import load_base
 extract_model_from_parallel(torch.nn.Identity())  # imports what accelerate looks for

@@ -12,7 +12,13 @@ from rig import Job, Rig
 from srde.artifacts import verify
 
 STEPS = 20
-PHASES = {"warm_up": (0, 2), "mask_learning": (2, 6), "expert_pretraining": (6, 9), "delta_training": (9, 12), "joint": (12, 20)}  # fmt: skip
+PHASES = {
+    "warm_up": (0, 2),
+    "mask_learning": (2, 6),
+    "expert_pretraining": (6, 9),
+    "delta_training": (9, 12),
+    "joint": (12, 20),
+}
 SETTINGS = """
 --max_steps 20 --max_length 96 --logging_steps 3 --save_steps 3 --save_total_limit 3 --disable_tqdm true --use_cpu
 --num_experts 5 --initial_sparsity 0.25 --target_sparsity 0.1 --phase_warmup_steps 2 --mask_learning_steps 4
@@ -31,7 +37,10 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
     """Rows of three domains and of different lengths."""
     rows = []
     for number in range(count):
-        words = [WORDS[(number * 5 + seed + place * (1 + number % 3)) % len(WORDS)] for place in range(1 + number % 4)]
+        words = [
+            WORDS[(number * 5 + seed + place * (1 + number % 3)) % len(WORDS)]
+            for place in range(1 + number % 4)
+        ]
         domain = ("math", "code", "logic")[number % 3]
         rows.append({"prompt": f"what is {number}", "response": " ".join(words), "domain": domain})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +92,12 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         if a == b:
             continue
         if name == "metrics":
-            place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            names.append(f"metrics, {len(a)} and {len(b)} lines, from {a[place : place + 1]} and {b[place : place + 1]} on")
+            place = next(
+                (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+            )
+            names.append(
+                f"metrics, {len(a)} and {len(b)} lines, from {a[place : place + 1]} and {b[place : place + 1]} on"
+            )
         elif name == "results":
             names += [f"results: {key}" for key in a.keys() | b.keys() if a.get(key) != b.get(key)]
         else:
@@ -122,7 +135,9 @@ class Lab:
         """Starts a run."""
         return self.rig.start(self.argv(out, *more, settings=settings), **how)
 
-    def finish(self, out: Path, *more: str, settings: list[str] = SETTINGS, steps: int = STEPS) -> dict[str, Any]:
+    def finish(
+        self, out: Path, *more: str, settings: list[str] = SETTINGS, steps: int = STEPS
+    ) -> dict[str, Any]:
         """Runs to the end, which must be a good one; the run's state then."""
         job = self.run(out, *more, settings=settings)
         assert job.code == 0, job.text()[-3000:]

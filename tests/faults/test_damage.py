@@ -16,7 +16,9 @@ from srde.train.checkpoint import checkpoints
 pytestmark = pytest.mark.faults
 
 RUNNER = "srde.train.runner:RunTrainer"
-UNTOUCHED = hook("srde.tuner.loading:load_base", "os._exit(9)") + hook("safetensors.torch:load_file", "os._exit(9)")
+UNTOUCHED = hook("srde.tuner.loading:load_base", "os._exit(9)") + hook(
+    "safetensors.torch:load_file", "os._exit(9)"
+)
 """Ends a run that has not noticed before the model and the first tensor are loaded."""
 
 
@@ -48,7 +50,11 @@ def cut(file, keep):
         *(
             pytest.param(name, keep, marks=pytest.mark.slow)
             for name in ("adapter_model.safetensors", "trainer_state.json", "MANIFEST.json")
-            for keep in (0, 0.5, -2 if name == "MANIFEST.json" else -1)  # its last byte is a line break, which JSON may lack
+            for keep in (
+                0,
+                0.5,
+                -2 if name == "MANIFEST.json" else -1,
+            )  # its last byte is a line break, which JSON may lack
         ),
     ],
 )
@@ -88,7 +94,10 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(lab, out):
     for path in checkpoints(out):
         cut(path / "rng_state.pth", 0.5)
     job = lab.run(
-        out, "--save_total_limit", "1", before=signal_at(f"{RUNNER}.training_step", "args[0].state.global_step == 7")
+        out,
+        "--save_total_limit",
+        "1",
+        before=signal_at(f"{RUNNER}.training_step", "args[0].state.global_step == 7"),
     )
     assert job.code == -signal.SIGKILL
     assert (out / "checkpoint-6").is_dir()
@@ -97,7 +106,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(lab, out):
 
 @pytest.mark.slow
 def test_going_back_to_an_older_checkpoint_leaves_no_later_one_to_go_on_from(lab, out):
-    """`--resume_from_checkpoint checkpoint-6` beside checkpoint-12 and, after a kill, auto: the run goes on from its own newest."""
+    """checkpoint-6 is named beside checkpoint-12 and, after a kill, auto: the run goes on from its own newest."""
     job = lab.run(
         out,
         *("--resume_from_checkpoint", str(out / "checkpoint-6"), "--save_total_limit", "1"),
@@ -111,7 +120,13 @@ def test_going_back_to_an_older_checkpoint_leaves_no_later_one_to_go_on_from(lab
 
 def test_one_flipped_bit_in_any_file_is_found_before_a_tensor_is_used(lab, out, request):
     names = sorted(path.name for path in (out / "checkpoint-12").iterdir())
-    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "run_state.safetensors", "MANIFEST.json"} <= set(names)
+    assert {
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "rng_state.pth",
+        "run_state.safetensors",
+        "MANIFEST.json",
+    } <= set(names)
     for name in names:
         file = out / "checkpoint-12" / name
         content = file.read_bytes()

@@ -24,7 +24,9 @@ def disk(tmp_path):
     """A file system of its own in memory; `size` makes it as large as is said."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={LARGE}", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={LARGE}", "tmpfs", str(place)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("no right to mount a tmpfs: F9 on a real full disk is NOT tested")
     yield place
@@ -49,7 +51,10 @@ def test_a_disk_that_fills_up_in_a_save_loses_nothing(lab, disk, room):
         job = lab.run(out, settings=SIMPLE, before=full_at(4, free, disk))
         assert job.code == 1, (free, job.text()[-3000:])
         last = job.last_line()
-        assert last.startswith("srde train: path=") and str(out / "checkpoint-4") in last, (free, job.text()[-3000:])
+        assert last.startswith("srde train: path=") and str(out / "checkpoint-4") in last, (
+            free,
+            job.text()[-3000:],
+        )
         assert re.search(r"the disk is too full: [\d,]+ bytes are needed and [\d,]+ are free", last)
         assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
         assert choose_checkpoint(out, "auto") == verify(out / "checkpoint-2").folder

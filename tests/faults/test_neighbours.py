@@ -36,7 +36,9 @@ def test_a_second_run_in_the_same_folder_is_refused_with_pid_and_host(lab, tmp_p
 def test_the_same_process_twice_is_refused_and_keeps_the_lock(lab, tmp_path):
     with lock(tmp_path):
         for _ in range(2):
-            with pytest.raises(UsageError, match=rf"process \(?{os.getpid()} on .* is training into this folder"):
+            with pytest.raises(
+                UsageError, match=rf"process \(?{os.getpid()} on .* is training into this folder"
+            ):
                 with lock(tmp_path):
                     pass
         job = lab.run(tmp_path, settings=SIMPLE)
@@ -53,13 +55,19 @@ def test_a_run_that_trains_holds_the_lock_and_a_stale_one_stops_nobody(lab, tmp_
     while not (tmp_path / "paused").exists():
         assert time.monotonic() < end, job.text()
         time.sleep(0.01)
-    with pytest.raises(UsageError, match=f"process {job.pid} on {socket.gethostname()} is training into this folder"):
+    with pytest.raises(
+        UsageError, match=f"process {job.pid} on {socket.gethostname()} is training into this folder"
+    ):
         with lock(out):
             pass
     job.kill(signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
     assert json.loads((out / LOCK_FILE).read_text())["pid"] == job.pid
-    content = {"pid": os.getpid(), "host": socket.gethostname(), "started": 0}  # and if its number has gone to another process
+    content = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": 0,
+    }  # and if its number has gone to another process
     (out / LOCK_FILE).write_text(json.dumps(content))
     lab.same(out, settings=SIMPLE, steps=6)
 
@@ -79,7 +87,11 @@ integration_utils.INTEGRATION_TO_CALLBACK["mine"] = Tracker
 
 
 @pytest.mark.parametrize(
-    "event", ["on_log", *(pytest.param(e, marks=pytest.mark.slow) for e in ("on_train_begin", "on_save", "on_train_end"))]
+    "event",
+    [
+        "on_log",
+        *(pytest.param(e, marks=pytest.mark.slow) for e in ("on_train_begin", "on_save", "on_train_end")),
+    ],
 )
 def test_a_tracker_that_fails_does_not_stop_the_run(lab, tmp_path, event):
     before = TRACKER.format(event=event, statement="raise ConnectionError('no route to the tracker')")
@@ -94,15 +106,25 @@ def test_a_tracker_that_is_not_installed_is_named(lab, tmp_path):
     assert job.code == 1
     assert job.last_line().startswith("srde train: report_to='swanlab': "), job.text()[-3000:]
     job = lab.run(tmp_path, "--report_to", "nonsense", settings=SIMPLE)
-    assert job.code == 1 and job.last_line().startswith("srde train: report_to='nonsense': "), job.text()[-3000:]
+    assert job.code == 1 and job.last_line().startswith("srde train: report_to='nonsense': "), job.text()[
+        -3000:
+    ]
 
 
 @pytest.mark.slow
 def test_tensorboard_takes_what_is_logged(lab, tmp_path):
     pytest.importorskip("tensorboard")
     out = tmp_path / "out"
-    lab.run(out, "--report_to", "tensorboard", settings=SIMPLE, before=signal_at(f"{RUNNER}.training_step", "count == 4"))
-    job = lab.run(out, "--report_to", "tensorboard", settings=SIMPLE, TENSORBOARD_LOGGING_DIR=str(tmp_path / "board"))
+    lab.run(
+        out,
+        "--report_to",
+        "tensorboard",
+        settings=SIMPLE,
+        before=signal_at(f"{RUNNER}.training_step", "count == 4"),
+    )
+    job = lab.run(
+        out, "--report_to", "tensorboard", settings=SIMPLE, TENSORBOARD_LOGGING_DIR=str(tmp_path / "board")
+    )
     assert job.code == 0, job.text()[-3000:]
     assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
     lab.uninterrupted(settings=SIMPLE, steps=6)
@@ -139,8 +161,17 @@ def test_a_webhook_that_hangs_does_not_slow_the_run(lab, tmp_path):
     assert results["seconds"] < 3 and took < 12
 
 
+ONLINE = """
+import socket
+import huggingface_hub.constants
+huggingface_hub.constants.HF_HUB_OFFLINE = False
+def connect(*_):
+    raise SystemExit("a connection was tried")
+socket.socket.connect = socket.socket.connect_ex = connect
+"""
+
+
 def test_no_hub_is_asked(lab, tmp_path):
-    """A base and rows on the disk: not a single connection is tried."""
-    refuse = "import socket\ndef connect(*_):\n    raise SystemExit('a connection')\nsocket.socket.connect = socket.socket.connect_ex = connect\n"
-    job = lab.run(tmp_path, settings=SIMPLE, before=refuse, HF_HUB_OFFLINE="0")
+    """A base and rows on the disk: not a single connection is tried, also where it might be."""
+    job = lab.run(tmp_path, settings=SIMPLE, before=ONLINE)
     assert job.code == 0, job.text()[-3000:]

@@ -31,7 +31,10 @@ def bad_loss(*steps, value="nan"):
 def bad_gradient(step, expert=1):
     """The gradient of one expert of the second layer is not finite."""
     values = "args[0].model.get_parameter('base_model.model.model.layers.1.mlp.srde_experts.default.values')"
-    return hook(f"{RUNNER}.training_step", after=f"if {STEP} == {step}: {values}.grad[0, {expert}, 0, 0] = float('nan')")
+    return hook(
+        f"{RUNNER}.training_step",
+        after=f"if {STEP} == {step}: {values}.grad[0, {expert}, 0, 0] = float('nan')",
+    )
 
 
 def tensors(value):
@@ -123,7 +126,9 @@ def test_masks_are_not_learned_from_numbers_that_are_not_finite(lab, tmp_path, v
     gains = f"gains = args[0].controller.learner.gains; gains[min(gains)][0, 0] = float({value!r})"
     inject = hook(f"{RUNNER}.training_step", after=f"if {STEP} == 3: {gains}")
     job = lab.run(tmp_path, before=inject)
-    assert job.code == 1 and "step=3: " in job.last_line() and "is not finite" in job.last_line(), job.text()[-3000:]
+    assert job.code == 1 and "step=3: " in job.last_line() and "is not finite" in job.last_line(), job.text()[
+        -3000:
+    ]
     lab.same(tmp_path)
 
 
@@ -143,7 +148,9 @@ def too_little_memory(tokens, where):
     if where == "forward":
         statement = {"before": f"import torch; {many} and next({throw})"}
     else:
-        statement = {"after": f"import torch; {many} and result.loss.register_hook(lambda grad: next({throw}))"}
+        statement = {
+            "after": f"import torch; {many} and result.loss.register_hook(lambda grad: next({throw}))"
+        }
     return code + hook(FORWARD, **statement)
 
 
@@ -152,9 +159,15 @@ def too_little_memory(tokens, where):
     [
         ("backward", ["--gradient_accumulation_steps", "2"]),
         pytest.param("forward", ["--gradient_accumulation_steps", "2"], marks=pytest.mark.slow),
-        pytest.param("forward", ["--packing", "false", "--per_device_train_batch_size", "4"], marks=pytest.mark.slow),
-        pytest.param("backward", ["--packing", "false", "--per_device_train_batch_size", "4"], marks=pytest.mark.slow),
-        pytest.param("forward", ["--mask_init", "learned", "--mask_learning_steps", "2"], marks=pytest.mark.slow),
+        pytest.param(
+            "forward", ["--packing", "false", "--per_device_train_batch_size", "4"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "backward", ["--packing", "false", "--per_device_train_batch_size", "4"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "forward", ["--mask_init", "learned", "--mask_learning_steps", "2"], marks=pytest.mark.slow
+        ),
     ],
     ids=["packed", "packed forward", "padded forward", "padded backward", "masks"],
 )
@@ -165,7 +178,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_loss_is_the_same(lab, tmp_p
     job = lab.run(halved, *settings, settings=SIMPLE, before=too_little_memory(40, where))
     assert job.code == 0, job.text()[-3000:]
     told = events(halved, "out_of_memory")
-    assert told and "micro-batches are run in 2 parts" in told[0]["text"] and "effective batch is the same" in told[0]["text"]
+    assert (
+        told
+        and "micro-batches are run in 2 parts" in told[0]["text"]
+        and "effective batch is the same" in told[0]["text"]
+    )
     assert len(told) <= 3  # and from then on they fit
     for one, other in zip(metrics(whole), metrics(halved), strict=True):
         if one["phase"] == "joint" and "--mask_learning_steps" in more:
@@ -181,11 +198,18 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_loss_is_the_same(lab, tmp_p
 
 def test_an_example_that_does_not_fit_is_named_with_what_to_lower(lab, tmp_path):
     """The long one of three that are packed together."""
-    rows = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": " ".join(WORDS * 2)}, {"prompt": "d", "response": "e"}]
+    rows = [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "c", "response": " ".join(WORDS * 2)},
+        {"prompt": "d", "response": "e"},
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lengths = tmp_path / "lengths.txt"
-    spy = hook("srde.data.pack:concatenate", f"open({str(lengths)!r}, 'w').write(repr([len(e.input_ids) for e in args[0]]))")
+    spy = hook(
+        "srde.data.pack:concatenate",
+        f"open({str(lengths)!r}, 'w').write(repr([len(e.input_ids) for e in args[0]]))",
+    )
     more = ["--train_file", str(file), "--max_length", "256"]
     job = lab.run(tmp_path / "out", *more, settings=SIMPLE, before=spy + too_little_memory(20, "forward"))
     assert job.code == 1, job.text()[-3000:]
@@ -197,7 +221,9 @@ def test_an_example_that_does_not_fit_is_named_with_what_to_lower(lab, tmp_path)
 
 @pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_told_too(lab, tmp_path):
-    inject = hook("srde.train.measure:measure", f"import torch; count == 2 and next((_ for _ in ()).throw({MESSAGE}))")
+    inject = hook(
+        "srde.train.measure:measure", f"import torch; count == 2 and next((_ for _ in ()).throw({MESSAGE}))"
+    )
     job = lab.run(tmp_path, before=inject)
     assert job.code == 1
     assert job.last_line().startswith("srde train: batch="), job.text()[-3000:]

@@ -48,8 +48,22 @@ def rows_by_step(file):
 def test_no_row_is_seen_twice_or_skipped(lab, tmp_path, packing, workers, accumulation, stops):
     out, told, whole = tmp_path / "out", tmp_path / "rows.txt", tmp_path / "whole.txt"
     rows = 12 if packing == "false" else 36
-    more = ["--train_file", str(write_rows(tmp_path / "few.jsonl", rows)), "--num_train_epochs", "3", "--max_steps", "-1"]
-    more += ["--packing", packing, "--dataloader_num_workers", str(workers), "--per_device_train_batch_size", "2"]
+    more = [
+        "--train_file",
+        str(write_rows(tmp_path / "few.jsonl", rows)),
+        "--num_train_epochs",
+        "3",
+        "--max_steps",
+        "-1",
+    ]
+    more += [
+        "--packing",
+        packing,
+        "--dataloader_num_workers",
+        str(workers),
+        "--per_device_train_batch_size",
+        "2",
+    ]
     more += ["--gradient_accumulation_steps", str(accumulation), "--save_steps", "100"]
     watched = hook(f"{RUNNER}.get_batch_samples", after=WRITE_ROWS.format(file=str(whole)))
     assert lab.run(tmp_path / "whole", *more, settings=SIMPLE, before=watched).code == 0
@@ -58,12 +72,21 @@ def test_no_row_is_seen_twice_or_skipped(lab, tmp_path, packing, workers, accumu
     assert steps % 3 == 0 and steps >= 9
     epoch = steps // 3
     for number in range(3):
-        seen = [row for step in range(number * epoch, (number + 1) * epoch) for part in expected[step] for row in part]
+        seen = [
+            row
+            for step in range(number * epoch, (number + 1) * epoch)
+            for part in expected[step]
+            for row in part
+        ]
         assert sorted(seen) == list(range(len(seen))) and len(seen) >= 9
     watched = hook(f"{RUNNER}.get_batch_samples", after=WRITE_ROWS.format(file=str(told)))
-    done = {1, epoch - 1, epoch, epoch + 1, 2 * epoch, steps - 1} if stops == "all" else {epoch, 2 * epoch + 1}
+    done = (
+        {1, epoch - 1, epoch, epoch + 1, 2 * epoch, steps - 1} if stops == "all" else {epoch, 2 * epoch + 1}
+    )
     for step in sorted(done):
-        stop = signal_at(f"{RUNNER}.training_step", f"args[0].state.global_step == {step - 1}", signal.SIGTERM)
+        stop = signal_at(
+            f"{RUNNER}.training_step", f"args[0].state.global_step == {step - 1}", signal.SIGTERM
+        )
         job = lab.run(out, *more, settings=SIMPLE, before=watched + stop)
         assert job.code == STOPPED, job.text()[-3000:]
         assert checkpoints(out)[0].name == f"checkpoint-{step}"
@@ -112,7 +135,9 @@ def changed_tokenizer(lab, folder):
 
 def changed_template(lab, folder):
     base = shutil.copytree(lab.base, folder / "base")
-    longer = CHAT_TEMPLATE.replace("'\n' + message", "'\n\n' + message").replace("assistant\n'", "assistant\n\n'")
+    longer = CHAT_TEMPLATE.replace("'\n' + message", "'\n\n' + message").replace(
+        "assistant\n'", "assistant\n\n'"
+    )
     assert longer != (base / "chat_template.jinja").read_text()
     (base / "chat_template.jinja").write_text(longer)
     return ["--model_name", str(base)]
@@ -139,7 +164,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["seed", "template", *(pytest.param(n, marks=pytest.mark.slow) for n in CHANGES if n not in ("seed", "template"))])  # fmt: skip
+AT_LEAST = ("seed", "template")
+
+
+@pytest.mark.parametrize(
+    "name", [*AT_LEAST, *(pytest.param(n, marks=pytest.mark.slow) for n in CHANGES if n not in AT_LEAST)]
+)
 def test_what_has_changed_is_refused_with_both_values_and_the_flag(lab, unfinished, tmp_path, name):
     change, field = CHANGES[name]
     more = change if isinstance(change, list) else change(lab, tmp_path)
@@ -162,7 +192,16 @@ def test_a_phase_that_is_left_out_now_is_refused(lab, tmp_path):
 
 def test_what_is_allowed_to_change_counts_from_then_on(lab, unfinished, tmp_path):
     out = shutil.copytree(unfinished, tmp_path / "out")
-    more = [*CONSTANT, "--learning_rate", "0.5", "--weight_decay", "0.25", "--allow_changed", "learning_rate", "weight_decay"]
+    more = [
+        *CONSTANT,
+        "--learning_rate",
+        "0.5",
+        "--weight_decay",
+        "0.25",
+        "--allow_changed",
+        "learning_rate",
+        "weight_decay",
+    ]
     job = lab.run(out, *more, settings=SIMPLE)
     assert job.code == 0, job.text()[-3000:]
     assert [line["learning_rate"] for line in metrics(out)] == [3e-3] * 3 + [0.5] * 3
@@ -170,7 +209,7 @@ def test_what_is_allowed_to_change_counts_from_then_on(lab, unfinished, tmp_path
     assert config["learning_rate"] == 0.5
 
 
-# ---- F16: torn metrics ----------------------------------------------------------------------------------------------------------
+# ---- F16: torn metrics ------------------------------------------------------------------------------------------------
 
 
 def test_torn_metrics_are_cut_to_the_restored_step(lab, tmp_path):

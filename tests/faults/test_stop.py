@@ -105,13 +105,17 @@ def test_sigterm_at_random_moments(lab, tmp_path):
         first = AT_CPU_TIME.format(seconds=rng.uniform(0.01, 0.25) if number % 2 else rng.uniform(0.1, 0.4))
         job = lab.run(tmp_path / "out", before=first)
         codes.append(job.code)
-        assert job.code in (0, STOPPED) or (job.code == -signal.SIGTERM and "Loading" not in job.text()), job.text()[-3000:]
+        assert job.code in (0, STOPPED) or (job.code == -signal.SIGTERM and "Loading" not in job.text()), (
+            job.text()[-3000:]
+        )
     assert codes.count(STOPPED) >= 6
     lab.same(tmp_path / "out")
 
 
 def test_sigterm_after_the_last_step_does_not_matter(lab, tmp_path):
-    job = lab.run(tmp_path, settings=SIMPLE, before=signal_at("srde.tuner.store:save_adapter", "True", signal.SIGTERM))
+    job = lab.run(
+        tmp_path, settings=SIMPLE, before=signal_at("srde.tuner.store:save_adapter", "True", signal.SIGTERM)
+    )
     assert job.code == 0, job.text()[-3000:]
 
 
@@ -142,7 +146,9 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(lab, tmp_path, way):
     assert job.code == INTERRUPTED, job.text()[-3000:]
     assert checkpoints(out)[0].name == "checkpoint-9"
     if way == "workers":
-        job = lab.run(out, *more, before=hook(f"{RUNNER}.training_step", f"if {here.format(10)}: {to_all}; {to_all}"))
+        job = lab.run(
+            out, *more, before=hook(f"{RUNNER}.training_step", f"if {here.format(10)}: {to_all}; {to_all}")
+        )
         assert job.code == INTERRUPTED, job.text()[-3000:]
     lab.same(out)
 

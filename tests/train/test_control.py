@@ -91,12 +91,12 @@ class Probe(TrainerCallback):
         }
 
 
-def run(tmp_path, given, *, model=None, supervised=True, muon=False, **args):
+def run(tmp_path, given, *, model=None, table=None, muon=False, **args):
     model = adapted(modules_to_save=["lm_head"]) if model is None else model
     events = []
     phases = given.phases
     forced = phases.named("expert_pretraining")
-    supervision = Supervision(forced.end, 4, start=forced.start) if forced and supervised else None
+    supervision = Supervision(forced.end, 4, start=forced.start, table=table) if forced else None
     controller = Controller(
         model, given, batches=first_batches, supervision=supervision, say=lambda *event: events.append(event)
     )
@@ -160,6 +160,13 @@ def test_masks_are_given_when_their_phase_ends_and_never_again(tmp_path):
     assert not any(step["change"][f"index {n}"].any() for step in steps for n in (0, 1))
     assert [(name, step) for name, step, _ in events] == [("phase", step) for step in (0, 2, 4, 6, 8)]
     assert events[1][2] == "mask_learning, steps 2 to 4"
+
+
+def test_masks_are_learned_on_the_tokens_of_the_experts_domains(tmp_path):
+    """All domains belong to expert 2: the others hear nothing, and nothing is more important to them than the rest."""
+    _, controller, _, _ = run(tmp_path, settings(prune_by="importance"), table=((2,),) * 4)
+    for importance in controller.importance.values():
+        assert importance.any(1).tolist() == [False, False, True, False]
 
 
 def test_without_pretraining_closed_experts_are_locked(tmp_path):

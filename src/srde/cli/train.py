@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def main(argv: list[str]) -> int:
@@ -22,8 +23,27 @@ def main(argv: list[str]) -> int:
             f"{m['bad_rows']} rows broke a rule and were left out; `srde data check` names them",
             file=sys.stderr,
         )
+    if m.get("domains"):
+        print(_held_out(m))
     print(
         f"trained {trained_parameters(outcome.model):,} parameters on {m['rows']:,} rows ({m['trained_tokens']:,} trained "
         f"tokens) in {m['seconds']:.0f} s; loss {m['train_loss']:.3f}\nadapter: {outcome.output_dir}"
     )
     return 0
+
+
+def _held_out(metrics: dict[str, Any]) -> str:
+    """Held-out loss by domain against the base, and how far the experts differ by domain."""
+    from srde.monitor.run import specialisation_text
+
+    rows = [
+        *metrics["domains"].items(),
+        ("all", {"loss": metrics["eval_loss"], "base_loss": metrics["base_eval_loss"]}),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = ["held-out loss", f"{'':<{width}}     base     srde"]
+    for name, one in rows:
+        base = "        -" if one["base_loss"] is None else f"{one['base_loss']:9.3f}"
+        lines.append(f"{name:<{width}}{base}{one['loss']:9.3f}")
+    differ = specialisation_text(metrics)
+    return "\n".join([*lines, f"experts: {differ}"] if differ else lines)

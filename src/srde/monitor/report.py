@@ -19,7 +19,7 @@ from srde.errors import UsageError
 from srde.monitor.alerts import alerts
 from srde.monitor.figures import figures
 from srde.monitor.history import number, whole
-from srde.monitor.run import Run
+from srde.monitor.run import Run, specialisation_text
 from srde.monitor.texts import count, duration, loss, percent, printable, size
 
 MOST_EVENTS = 200
@@ -175,7 +175,11 @@ def _held_out(run: Run) -> str:
         cells = [loss(one.loss), loss(one.best), loss(one.base)]
         shown = "-" if change is None else f"{100 * change:+.1f} %"
         rows.append([_long(one.name), *map(_cell, cells), f"<td{kind}>{shown}</td>"])
-    return _table("Held-out loss", ("domain", "last", "best", "frozen model", "change"), rows, "numbers")
+    differ = specialisation_text(run.evals[-1]) if run.evals else None
+    note = f"<p>Experts and domains: {_text(differ)}.</p>" if differ else ""
+    return (
+        _table("Held-out loss", ("domain", "last", "best", "frozen model", "change"), rows, "numbers") + note
+    )
 
 
 def _checkpoints(run: Run) -> str:

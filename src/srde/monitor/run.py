@@ -240,6 +240,21 @@ def read_run(output_dir: str | os.PathLike[str], *, verify_seconds: float = math
     return RunReader(output_dir).read(verify_seconds=verify_seconds)
 
 
+def specialisation_text(record: Mapping[str, Any]) -> str | None:
+    """How far the experts differ by domain, as one evaluation found it; None where it did not say."""
+    found = record.get("specialisation")
+    if not isinstance(found, dict):
+        return None
+    try:
+        return (
+            f"{float(found['mean']):.3f} bits of mutual information between domain and expert, "
+            f"{float(found['chance']):.3f} by chance (p = {float(found['p_value']):.3g}, "
+            f"{int(found['permutations'])} permutations of the examples' domains)"
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def _domains(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     domains = record.get("domains")
     if not isinstance(domains, dict):

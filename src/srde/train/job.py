@@ -28,10 +28,9 @@ from srde.train.arguments import DataArguments, ModelArguments, RunArguments
 from srde.train.control import Controller, Settings, unlock_span
 from srde.train.data import TrainingData, open_data
 from srde.train.identity import identity
-from srde.train.measure import specialisation
 from srde.train.phases import Phases
 from srde.train.record import Record
-from srde.train.requirements import require_plain, require_whole
+from srde.train.requirements import require_plain, require_prunable, require_whole
 from srde.train.resolve import phases_of
 from srde.train.runner import RunTrainer
 from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
@@ -175,6 +174,7 @@ class Job:
             args.max_steps = math.ceil(per_epoch * args.num_train_epochs)
             self.record.max_steps = args.max_steps
         require_known(args.report_to)
+        require_prunable(self.config, args)
         args.remove_unused_columns = False
         args.dataloader_pin_memory &= torch.cuda.is_available()
         if args.activation_checkpointing and not args.activation_checkpointing_kwargs:
@@ -305,7 +305,7 @@ class Job:
 
     def _held_out(self, trainer: RunTrainer) -> dict[str, Any]:
         """Held-out loss by domain against the base, and how far the experts differ by domain."""
-        last, run, routed = trainer.last_measurement, trainer.run, self.config.num_experts
+        last, run = trainer.last_measurement, trainer.run
         assert last is not None
         names = trainer.domain_names
         by_domain = {
@@ -314,7 +314,7 @@ class Job:
             }
             for number, (loss, tokens) in last.domains.items()
         }  # fmt: skip
-        found = None if last.gate_NLE is None else specialisation(last.gate_NLE[:, :, :routed], last.domain_N)
+        found = trainer.specialisation()
         return {
             "eval_loss": last.loss, "base_eval_loss": run.base.get("loss"), "domains": by_domain,
             "specialisation": None if found is None else asdict(found),

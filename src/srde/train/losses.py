@@ -145,6 +145,13 @@ class SrdeLossMixin(_Base):
                 self.means.add(name, value, self.share)
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's, with tokens forced until backward is done: a checkpointed layer runs a second time in it."""
+        routing = getattr(self.accelerator.unwrap_model(model), "srde", None)
+        forced = self._forced(inputs.get("domain_ids"), inputs.get("position_ids"))
+        with nullcontext() if forced is None or routing is None else routing.force_experts(forced):
+            return super().training_step(model, inputs, *args, **kwargs)
+
     def observe(self, call: RoutedCall) -> None:
         """Called with what the routers decided in each training forward; keep no graph of it."""
 

@@ -1,8 +1,8 @@
 """Out of memory: halves of the batch, one after the other, instead of the end of the run.
 
 The parts' losses are shares of the whole batch's loss, and their gradients add up to its gradient: the effective batch and the
-language-modelling loss stay what they were. The auxiliary losses are means over the tokens at hand, as with gradient
-accumulation.
+language-modelling loss stay what they were. The auxiliary losses are means over the tokens at hand, and learned masks go by the
+squared norms of the parts, as with gradient accumulation.
 """
 
 from __future__ import annotations

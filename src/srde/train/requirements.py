@@ -1,4 +1,4 @@
-"""What engines that hold parameters in parts cannot do, refused before it would go wrong in silence."""
+"""What optimizers and engines cannot do, refused before it would go wrong in silence or late."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ from srde.errors import ConfigError
 from srde.train.arguments import RunArguments
 from srde.train.phases import Phases
 from srde.tuner import SrdeConfig
+
+
+_PRUNABLE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers whose state is of the parameters' own shape."""
+
+
+def require_prunable(config: SrdeConfig, args: RunArguments) -> None:
+    """Refuses an optimizer whose state cannot shrink with the parameters, where they will.
+
+    Raises:
+        ConfigError: Sparsity is to fall under such an optimizer.
+    """
+    name = getattr(args.optim, "value", str(args.optim))
+    if config.initial_sparsity != config.target_sparsity and not args.use_muon and name not in _PRUNABLE:
+        raise ConfigError.of(
+            "optim", name, rule="its state cannot be pruned, and sparsity falls during the run",
+            fix=f"use one of {', '.join(_PRUNABLE)} or --use_muon, or set --initial_sparsity to --target_sparsity",
+        )  # fmt: skip
 
 
 def require_whole(config: SrdeConfig, args: RunArguments) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from srde.data.tokenize import IGNORE
 from srde.errors import StoppedError
 from srde.train.control import Controller
-from srde.train.measure import Measurement, measure
+from srde.train.measure import Measurement, Specialisation, measure, specialisation
 from srde.train.record import Record, memory_mb
 from srde.train.saving import SavingTrainer
 from srde.train.state import RunState
@@ -124,7 +125,11 @@ class RunTrainer(SavingTrainer):
                 metrics[f"{metric_key_prefix}_{self.domain_names[number]}_loss"] = loss
                 base = self.run.base.get("domains", {}).get(str(number))
                 domains[self.domain_names[number]] = {"loss": loss, "base_loss": base, "tokens": tokens}
-        facts = {"loss": found.loss, "base_loss": self.run.base.get("loss"), "domains": domains}
+        differ = self.specialisation()
+        facts = {
+            "loss": found.loss, "base_loss": self.run.base.get("loss"), "domains": domains,
+            "specialisation": None if differ is None else asdict(differ),
+        }  # fmt: skip
         self.record.line("eval", step, facts, {"seconds": time.monotonic() - start})
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -140,6 +145,13 @@ class RunTrainer(SavingTrainer):
         model.train()
         self.last_measurement = found
         return found
+
+    def specialisation(self) -> Specialisation | None:
+        """How far the experts differ by domain, on the rows measured last; None before there are any, or any domains."""
+        last, config = self.last_measurement, self.model.peft_config["default"]
+        if last is None or last.gate_NLE is None:
+            return None
+        return specialisation(last.gate_NLE[:, :, : config.num_experts], last.domain_N)
 
     def _held_out(self, dataset: Dataset[Any] | None) -> Any:
         """Batches of this process: every n-th; where they do not divide evenly, some of no weight, so that all are as many."""
@@ -174,7 +186,7 @@ class RunTrainer(SavingTrainer):
         self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
     ) -> dict[str, float]:
         try:
-            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not self.run.pending)
         except StoppedError:
             self.model.train()
             if self.state.global_step == 0 or skip_scheduler:  # nothing is new since the last checkpoint
@@ -189,6 +201,11 @@ class RunTrainer(SavingTrainer):
             self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
             self._save_best(loss)
         return metrics
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        found = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # a resumed run logs and saves as it is told now
+        return found
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Decided with the evaluation itself."""
@@ -210,6 +227,14 @@ class _Watch(TrainerCallback):
         trainer.record.beat("training", state.global_step, trainer.controller.phase.name)
         trainer.stop.gently()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A new phase is a sign of life of its own."""
+        phase = self.trainer.controller.phase.name
+        if phase != self.trainer.record.phase:
+            self.trainer.record.beat("training", state.global_step, phase)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -228,6 +253,13 @@ class _Watch(TrainerCallback):
             trainer.was_stopped = True
             control.should_evaluate = False
             control.should_training_stop = control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leaving an epoch in the middle is not its end."""
+        if self.trainer.was_stopped and state.epoch is not None and not float(state.epoch).is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
 
 
 def _seen(batch: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ def prune_adapter(
         What survived in each layer, as positions into the last axis of `index` as it was before.
 
     Raises:
-        ConfigError: The sparsity is not above 0, or above the present one.
+        ConfigError: The sparsity is not above 0, or above the present one; or the optimizer's state cannot be pruned. Nothing
+            has changed then.
         UsageError: The model has no such adapter.
     """
     layers = [layer for layer in model.srde.layers.values() if adapter in layer.srde_experts]
@@ -49,6 +50,8 @@ def prune_adapter(
             rule=f"pruning leads to less than the present {config.current_sparsity:g}, and above 0",
             fix="name a smaller share",
         )
+    if optimizer is not None:
+        _require_prunable([layer.srde_experts[adapter] for layer in layers], optimizer)
     survivors = {}
     for layer in layers:
         delta = layer.srde_experts[adapter]
@@ -63,6 +66,16 @@ def prune_adapter(
             _renew(delta, optimizer)
     config.sparsity = sparsity
     return survivors
+
+
+def _require_prunable(deltas: Sequence[Delta], optimizer: torch.optim.Optimizer) -> None:
+    for delta in deltas:
+        for name, value in optimizer.state.get(delta.values, {}).items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != delta.values.shape:
+                raise ConfigError.of(
+                    "optimizer", type(optimizer).__name__, rule=f"its state {name} is not of the parameters' shape, and cannot be pruned",
+                    fix="use AdamW, SGD or Muon, or train at one sparsity",
+                )  # fmt: skip
 
 
 def _renew(delta: Delta, optimizer: torch.optim.Optimizer) -> None:
