@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = r"""
-import gc, json, os, sys, traceback
+import gc, json, os, sys, threading, traceback
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # libraries print as they are imported
 import torch
 torch.set_num_threads(1)
+from tqdm import tqdm
+tqdm.set_lock(threading.RLock())  # its own is shared with all children: one killed while it holds it would stop the others
 from accelerate.utils import extract_model_from_parallel
 from srde.cli import main
 import srde.cli.train, srde.train.run, srde.monitor.plots, srde.monitor.run
@@ -78,9 +80,13 @@ class Job:
     code: int | None = None
 
     def wait(self, timeout: float = 60) -> int:
-        """Its exit status; negative for a signal."""
+        """Its exit status; negative for a signal. After so many seconds it is killed, and the test fails."""
+        if self.code is None and not self.rig.has_answered(timeout):
+            self.kill()
+            self.rig.answer(10)
+            raise AssertionError(f"the command did not end in {timeout} s:\n{self.text()[-3000:]}")
         if self.code is None:
-            self.code = int(self.rig.answer(timeout))
+            self.code = int(self.rig.answer(1))
         return self.code
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -119,10 +125,13 @@ class Rig:
             self.close()
             raise RuntimeError(said.read_text())
 
+    def has_answered(self, timeout: float) -> bool:
+        """Whether the server says something within so many seconds."""
+        return bool(select.select([self.server.stdout], [], [], timeout)[0])
+
     def answer(self, timeout: float) -> str:
         """The next line of the server."""
-        ready, _, _ = select.select([self.server.stdout], [], [], timeout)
-        assert ready, "the command did not end in time"
+        assert self.has_answered(timeout), "the server does not answer"
         return self.server.stdout.readline().strip()
 
     def start(self, argv: list[str], before: str = "", **env: str) -> Job:

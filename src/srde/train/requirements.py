@@ -7,7 +7,6 @@ from srde.train.arguments import RunArguments
 from srde.train.phases import Phases
 from srde.tuner import SrdeConfig
 
-
 _PRUNABLE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers whose state is of the parameters' own shape."""
 

@@ -73,7 +73,8 @@ def _require_prunable(deltas: Sequence[Delta], optimizer: torch.optim.Optimizer)
         for name, value in optimizer.state.get(delta.values, {}).items():
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != delta.values.shape:
                 raise ConfigError.of(
-                    "optimizer", type(optimizer).__name__, rule=f"its state {name} is not of the parameters' shape, and cannot be pruned",
+                    "optimizer", type(optimizer).__name__,
+                    rule=f"its state {name} has not the parameters' shape and cannot be pruned",
                     fix="use AdamW, SGD or Muon, or train at one sparsity",
                 )  # fmt: skip
 
