@@ -91,7 +91,7 @@ class RunTrainer(SavingTrainer):
 
     def observe(self, call: RoutedCall) -> None:
         """The experts' load in a step that will be logged."""
-        every = self.state.logging_steps or 1
+        every = (self.state.logging_steps or 1) if self.args.logging_strategy == "steps" else 1
         if (self.state.global_step + 1) % every == 0 and self.controller.phase.values:
             mask = None if call.mask_T is None else call.mask_T.bool()
             gates = [route.gate_TE.detach() for route in call.routes.values()]
