@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from preloaded import Preloaded
 from srde.data.quickstart import build_quickstart
 from tiny import save_tiny
 
@@ -28,10 +29,10 @@ def home(tmp_path_factory):
     build_quickstart(home / "runs/quickstart/data", train_per_domain=4, test_per_domain=2, seed=0)
     bin_folder = home / ".venv/bin"
     bin_folder.mkdir(parents=True)
-    (bin_folder / "srde").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m srde "$@"\n')
-    (bin_folder / "srde").chmod(0o755)
+    srde = Preloaded(bin_folder / "srde")
     (bin_folder / "activate").write_text(f'export PATH="{bin_folder}:$PATH"\n')
-    return home
+    yield home
+    srde.close()
 
 
 def run(command, home):
@@ -91,13 +92,12 @@ def test_the_front_page_of_the_docs_shows_the_same_commands():
 
 @pytest.mark.slow
 def test_the_commands_of_the_training_guide_run_as_written(home):
-    commands = [b for b in blocks("docs/guides/training.md", "bash") if b.startswith("srde train")]
-    assert len(commands) == 2 and "--supervised_experts" in commands[1]
+    commands = blocks("docs/guides/training.md", "bash")
+    assert len(commands) == 3 and "--supervised_experts" in commands[1] and "srde monitor" in commands[2]
     script = "source .venv/bin/activate\nMODEL=~/.cache/srde/SmolLM2-135M-Instruct\n" + "".join(commands)
     out = run(["bash", "-euo", "pipefail", "-c", script], home)
-    assert (
-        "adapter: runs/mine" in out and "adapter: runs/supervised" in out and "router_supervision_loss" in out
-    )
+    assert "adapter: runs/mine" in out and "adapter: runs/full" in out and "router_supervision_loss" in out
+    assert "completed" in out and "held-out" in out
 
 
 @pytest.mark.slow
@@ -131,8 +131,12 @@ def test_the_stand_in_hub_of_the_data_guide(home):
     try:
         line = next(line for line in hub.stdout if "HF_ENDPOINT" in line)
         assert f"export HF_ENDPOINT=http://127.0.0.1:{port}" in line
+        plain = home / "plain"  # the clients read the hub's address when they are imported
+        plain.mkdir()
+        (plain / "srde").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m srde "$@"\n')
+        (plain / "srde").chmod(0o755)
         start = (
-            "source .venv/bin/activate\nMODEL=~/.cache/srde/SmolLM2-135M-Instruct\nexport HF_HUB_OFFLINE=0\n"
+            f"export PATH={plain}:$PATH\nMODEL=~/.cache/srde/SmolLM2-135M-Instruct\nexport HF_HUB_OFFLINE=0\n"
         )
         run(["bash", "-euo", "pipefail", "-c", start + use.replace("8765", port)], home)
     finally:

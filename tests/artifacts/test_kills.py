@@ -14,7 +14,7 @@ KILLER = Path(__file__).with_name("killer.py")
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("way", ["exchange", "fallback"])
+@pytest.mark.parametrize("way", ["exchange", pytest.param("fallback", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", ["fresh", "replace"])
 def test_killed_at_every_step_of_a_save(tmp_path, start, way):
     done = subprocess.run(

@@ -131,7 +131,8 @@ def _in_a_process(wanted):
 
 
 @pytest.mark.faults
-def test_killed_at_random_points_it_goes_on_to_the_same_bytes(tokenizer_folder, sources, tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_killed_at_random_points_it_goes_on_to_the_same_bytes(tokenizer_folder, sources, tmp_path, kills):
     fork = multiprocessing.get_context("fork")
     start = time.monotonic()
     whole = fork.Process(
@@ -143,7 +144,7 @@ def test_killed_at_random_points_it_goes_on_to_the_same_bytes(tokenizer_folder, 
     expected = result(tmp_path / "whole")
     rng = random.Random(0)
     killed = places = 0
-    while killed < KILLS:
+    while killed < kills:
         places += 1
         while True:
             process = fork.Process(

@@ -122,7 +122,11 @@ def test_every_registered_source_makes_a_set_of_six_domains_that_is_uploaded(hub
 @pytest.mark.faults
 @pytest.mark.parametrize(
     "how",
-    ["drop", pytest.param("refuse", marks=pytest.mark.slow), pytest.param("503", marks=pytest.mark.slow)],
+    [
+        pytest.param("drop", marks=pytest.mark.slow),
+        pytest.param("refuse", marks=pytest.mark.slow),
+        pytest.param("503", marks=pytest.mark.slow),
+    ],
 )
 def test_a_network_that_goes_ends_in_an_error_and_loses_nothing(hub, run, whole, tmp_path, how):
     hub.requests.clear()

@@ -51,7 +51,8 @@ def write_rows(path: Path, count: int, seed: int = 0) -> Path:
 
 def events(out: Path, *names: str) -> list[dict[str, Any]]:
     """The run's events of these names; all, if none is given."""
-    found = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    file = out / "events.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [event for event in found if not names or event["event"] in names]
 
 

@@ -221,10 +221,9 @@ def test_an_example_that_does_not_fit_is_named_with_what_to_lower(lab, tmp_path)
 
 @pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_told_too(lab, tmp_path):
-    inject = hook(
-        "srde.train.measure:measure", f"import torch; count == 2 and next((_ for _ in ()).throw({MESSAGE}))"
-    )
-    job = lab.run(tmp_path, before=inject)
+    measuring = hook("srde.train.measure:measure", "os.environ['MEASURING'] = str(count)")
+    fails = f"import torch; os.environ.get('MEASURING') == '2' and next((_ for _ in ()).throw({MESSAGE}))"
+    job = lab.run(tmp_path, before=measuring + hook(FORWARD, fails))
     assert job.code == 1
     assert job.last_line().startswith("srde train: batch="), job.text()[-3000:]
     assert "Lower --per_device_eval_batch_size" in job.last_line()

@@ -71,14 +71,12 @@ def test_no_row_is_seen_twice_or_skipped(lab, tmp_path, packing, workers, accumu
     steps = len(expected)
     assert steps % 3 == 0 and steps >= 9
     epoch = steps // 3
+    orders = []
     for number in range(3):
-        seen = [
-            row
-            for step in range(number * epoch, (number + 1) * epoch)
-            for part in expected[step]
-            for row in part
-        ]
-        assert sorted(seen) == list(range(len(seen))) and len(seen) >= 9
+        own = [expected[step] for step in range(number * epoch, (number + 1) * epoch)]
+        orders.append([row for parts in own for part in parts for row in part])
+        assert sorted(orders[-1]) == list(range(len(orders[-1]))) and len(orders[-1]) >= 9
+    assert orders[0] != orders[1] != orders[2]
     watched = hook(f"{RUNNER}.get_batch_samples", after=WRITE_ROWS.format(file=str(told)))
     done = (
         {1, epoch - 1, epoch, epoch + 1, 2 * epoch, steps - 1} if stops == "all" else {epoch, 2 * epoch + 1}

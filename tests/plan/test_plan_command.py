@@ -51,7 +51,7 @@ def test_it_prints_a_table_and_writes_json(llama, tmp_path, capsys, monkeypatch)
     assert figures["settings"]["initial_sparsity"] == figures["settings"]["target_sparsity"] == 0.05
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_table_fits_80_columns(llama, checkpointing):
     plan = make_plan(Request(str(llama), SrdeConfig(), lengths=(16,)))
     console = Console(width=80, record=True, file=StringIO())
@@ -63,6 +63,7 @@ def test_the_table_fits_80_columns(llama, checkpointing):
     assert "2 MLPs of 3 matrices 64 x 512" in headline(plan)
 
 
+@pytest.mark.slow
 def test_what_grows_with_the_batch_grows_with_the_batch(llama):
     plan = make_plan(
         Request(

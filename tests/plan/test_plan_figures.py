@@ -38,7 +38,14 @@ def planned(folder, kind, dtype, packing=True, **settings):
     )
 
 
-@pytest.fixture(scope="module", params=[(kind, dtype) for kind in KINDS for dtype in DTYPES], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((kind, dtype), id=f"{kind}-{dtype}", marks=pytest.mark.slow if dtype == "bf16" else ())
+        for kind in KINDS
+        for dtype in DTYPES
+    ],
+)
 def case(request, tmp_path_factory):
     kind, dtype = request.param[0], DTYPES[request.param[1]]
     plan = planned(tmp_path_factory.mktemp("model"), kind, dtype)

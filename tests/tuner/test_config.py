@@ -94,6 +94,7 @@ def test_every_field_survives_the_file(tmp_path):
         "mask_seed": 7,
         "null_expert": True,
         "num_shared_experts": 1,
+        "router_temperature": 1.5,
         "router_aux_loss_coef": 0.1,
         "router_z_loss_coef": 0.2,
         "orthogonality_loss_coef": 0.3,
