@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from srde._hook import when_imported
 
 if TYPE_CHECKING:
+    from srde.core import LearnedSparseSelector
     from srde.tuner import Routing, RoutingRecord, SrdeConfig, SrdeModel, calibrate_masks
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LearnedSparseSelector": "srde.core",
     "SrdeConfig": "srde.tuner",
     "SrdeModel": "srde.tuner",
     "Routing": "srde.tuner",
@@ -29,7 +31,15 @@ _HOMES = {
     "calibrate_masks": "srde.tuner",
 }
 
-__all__ = ["Routing", "RoutingRecord", "SrdeConfig", "SrdeModel", "__version__", "calibrate_masks"]
+__all__ = [
+    "LearnedSparseSelector",
+    "Routing",
+    "RoutingRecord",
+    "SrdeConfig",
+    "SrdeModel",
+    "__version__",
+    "calibrate_masks",
+]
 
 
 def __getattr__(name: str) -> Any:

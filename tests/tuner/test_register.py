@@ -78,7 +78,15 @@ def test_registering_again_changes_nothing():
 
 
 def test_the_public_names():
-    names = {"Routing", "RoutingRecord", "SrdeConfig", "SrdeModel", "__version__", "calibrate_masks"}
+    names = {
+        "LearnedSparseSelector",
+        "Routing",
+        "RoutingRecord",
+        "SrdeConfig",
+        "SrdeModel",
+        "__version__",
+        "calibrate_masks",
+    }
     assert set(srde.__all__) == names <= set(dir(srde))
     assert all(getattr(srde, name) is not None for name in names)
     with pytest.raises(AttributeError, match="module 'srde' has no attribute 'SrdeConfigs'"):
