@@ -25,3 +25,9 @@ def test_a_base_in_bf16_beside_experts_in_float32_and_layers_computed_again(runs
     """One group of parameters holds both types, and a checkpointed layer does the same twice."""
     more = ["--dtype", "bfloat16", "--activation_checkpointing", "true"]
     check(runs.accelerate(CONFIG, "--use_cpu", "true", *more), runs.one(*more), WRAPPER, 1e-6)
+
+
+def test_routers_that_start_from_the_domains(runs, check):
+    """Their weights are set while they lie in parts."""
+    more = ["--warm_start", "domains", "--supervised_experts", "--expert_pretrain_steps", "1"]
+    check(runs.accelerate(CONFIG, "--use_cpu", "true", *more), runs.one(*more), WRAPPER, 1e-6)

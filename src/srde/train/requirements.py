@@ -47,7 +47,7 @@ def require_plain(config: SrdeConfig, args: RunArguments, phases: Phases) -> Non
     """Refuses what needs a place between the gradients and the optimizer's step: DeepSpeed has none.
 
     Raises:
-        ConfigError: Masks are to be learned, routers to be held, or steps to be skipped.
+        ConfigError: Masks are to be learned, routers to be set or held, or steps to be skipped.
     """
     rule = "DeepSpeed steps as soon as it has the gradients"
     if config.mask_init == "learned":
@@ -57,6 +57,11 @@ def require_plain(config: SrdeConfig, args: RunArguments, phases: Phases) -> Non
             rule=f"{rule}, and mask learning is no such step",
             fix="pass --mask_init gradient",
         )
+    if args.warm_start != "none":
+        raise ConfigError.of(
+            "warm_start", args.warm_start, rule="DeepSpeed has copied the routers' weights before the run begins",
+            fix="leave it out",
+        )  # fmt: skip
     if phases.named("delta_training") is not None:
         raise ConfigError.of(
             "delta_training_steps", args.delta_training_steps, rule=f"{rule}, so that routers cannot be held meanwhile",

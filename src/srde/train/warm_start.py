@@ -64,11 +64,23 @@ def warm_start(
         router = layer.srde_router[adapter]
         x_ND = states[layer.name]
         if how == "domains":
-            weight_ED = by_domain(x_ND, expert_N, router.num_experts, router.weight[: router.num_experts])
+            weight_ED = by_domain(x_ND, expert_N, router.num_experts, _whole(router.weight))
         else:
             weight_ED, before = by_cluster(x_ND, router.num_experts, seed, expert_N, before)
-        with torch.no_grad():
-            router.weight[: router.num_experts] = weight_ED.to(router.weight)
+        _set_rows(router.weight, weight_ED)
+
+
+@torch.no_grad()
+def _set_rows(weight: nn.Parameter, rows_ED: Tensor) -> None:
+    """Sets the first rows of a router's weight, whole or spread over processes (FSDP2)."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(weight, DTensor):
+        whole = _whole(weight).clone()
+        whole[: len(rows_ED)] = rows_ED.to(whole)
+        weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+    else:
+        weight[: len(rows_ED)] = rows_ED.to(weight)
 
 
 def by_cluster(
@@ -118,7 +130,14 @@ def by_domain(x_ND: Tensor, expert_N: Tensor, num_experts: int, present_ED: Tens
     gram_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
     weight_ED = torch.linalg.solve(gram_DD, x_ND.t() @ (weight_N1 * target_NE)).t().float()
     weight_ED = _scaled(weight_ED, x_ND.float())
-    return torch.where(have.unsqueeze(1), weight_ED, present_ED.detach().cpu().float())
+    return torch.where(have.unsqueeze(1), weight_ED, present_ED.detach().cpu().float()[:num_experts])
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight that may be spread over processes, put together."""
+    from torch.distributed.tensor import DTensor
+
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _scaled(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
