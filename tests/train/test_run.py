@@ -1,17 +1,25 @@
 """`srde train` from the command line to the saved adapter."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Ministral3Config,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
+)
 
 from srde.artifacts import verify
 from srde.cli import main
 from srde.data.quickstart import build_quickstart
+from srde.train.arguments import parse
 from srde.tuner.loading import load_adapter
-from tiny import save_tiny
+from tiny import VOCABULARY, save_tiny, tiny_tokenizer
 
 QUICK = [
     "--max_steps",
@@ -167,3 +175,74 @@ def test_a_broken_row_is_named_by_file_line_and_field(tmp_path, capsys, line, me
     ]
     assert main(argv) == 1
     assert f"{rows}{message}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_several_modalities_is_trained_and_loaded(data, tmp_path):
+    """Ministral-3's checkpoints are such: the experts go into the text decoder."""
+    text = Ministral3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    vision = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )  # fmt: skip
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=3)
+    Mistral3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    assert train(tmp_path / "base", data, tmp_path / "out") == 0
+    model, _ = load_adapter(str(tmp_path / "out"))
+    assert all("language_model" in name for name in model.srde.layers) and len(model.srde.layers) == 2
+
+
+def test_the_address_of_the_webhook_is_in_nothing_that_a_run_leaves(data, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    secret = ["--webhook_url", "https://hooks.example.invalid/services/SECRETSECRET"]
+    train(base, data, tmp_path / "out", "--report_to", "tensorboard", *secret)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    assert [path for path in files if b"SECRETSECRET" in path.read_bytes()] == []
+    assert "SECRETSECRET" not in str(
+        parse(["--model_name", "m", "--train_file", "t", "--output_dir", "o", *secret])
+    )
+
+
+def test_other_held_out_rows_are_refused_on_resume_or_measured_anew(data, tmp_path, capsys):
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
+    more = ["--save_steps", "2", "--eval_steps", "2"]
+    train(base, data, out, "--eval_file", str(data.test), *more)
+    shutil.rmtree(out / "checkpoint-4")
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(data.test.read_text().splitlines(keepends=True)[:3]))
+    assert train(base, data, out, "--eval_file", str(other), *more) == 1
+    assert "eval_file=" in capsys.readouterr().err
+    assert train(base, data, out, "--eval_file", str(other), *more, "--allow_changed", "eval_file") == 0
+    results = json.loads((out / "train_results.json").read_text())
+    fresh = tmp_path / "fresh"
+    train(base, data, fresh, "--eval_file", str(other), *more)
+    assert (
+        results["base_eval_loss"] == json.loads((fresh / "train_results.json").read_text())["base_eval_loss"]
+    )
+
+
+def test_what_is_done_once_is_not_done_again_by_a_longer_run(data, tmp_path, capsys):
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
+    train(
+        base, data, out, "--mask_init", "learned", "--mask_learning_steps", "1", "--phase_warmup_steps", "1"
+    )
+    longer = [
+        "--mask_init",
+        "learned",
+        "--phase_warmup_steps",
+        "1",
+        "--max_steps",
+        "20",
+        "--allow_changed",
+        "max_steps",
+    ]
+    lengths = ["mask_learning_steps", "delta_training_steps"]
+    assert train(base, data, out, "--mask_learning_steps", "9", *longer, *lengths) == 1
+    assert "phases=[[0, 1], [1, 10]]: the run is at step 4" in capsys.readouterr().err
+    assert train(base, data, out, "--mask_learning_steps", "1", *longer, *lengths) == 0
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["phase"] == "mask_learning"] == [2]
+    assert steps[-1]["step"] == 20

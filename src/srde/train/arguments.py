@@ -226,7 +226,7 @@ class RunArguments(TrainingArguments):
         },
     )
     prune_by: Literal["magnitude", "taylor", "importance"] = field(
-        default="magnitude",
+        default="taylor",
         metadata={
             "help": "What is kept when sparsity falls: the largest changes; changes times gradients; changes times the "
             "sigmoid of learned importance."
@@ -287,6 +287,16 @@ class RunArguments(TrainingArguments):
             self.evaluates_if_it_can = False
         self.eval_steps = self.save_steps if self.eval_steps is None else self.eval_steps
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Transformers', for trackers: the webhook's address is a secret, like the tokens that it hides itself."""
+        found: dict[str, Any] = super().to_dict()
+        return found | ({"webhook_url": "<WEBHOOK_URL>"} if found.get("webhook_url") else {})
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.to_dict()})"
+
+    __repr__ = __str__
 
 
 _BY_HAND = (

@@ -33,6 +33,7 @@ class TrainingData:
         facts: Counts: rows, rows left out, tokens, trained tokens.
         domains: The domains by their numbers.
         fingerprint: Of what is trained on.
+        held_out_fingerprint: Of `--eval_file`, if there is one.
     """
 
     train: Numbered
@@ -41,6 +42,7 @@ class TrainingData:
     facts: dict[str, Any]
     domains: list[str]
     fingerprint: str
+    held_out_fingerprint: str | None = None
 
     def first_batches(self, size: int, tokens: int) -> list[dict[str, Any]]:
         """The first batches of the first epoch, of `size` rows each, until they have so many tokens; the same in every
@@ -153,7 +155,7 @@ class RowData:
         held_out = _prepare(tokenizer, self.held_out, length, packed, domains)[0] if self.held_out else None
         return TrainingData(
             Numbered(train), held_out, _collator(tokenizer, packed), facts | {"bad_rows": self.bad_rows}, domains,
-            _fingerprint(self.args.train_file or ""),
+            _fingerprint(self.args.train_file) or "", _fingerprint(self.args.eval_file),
         )  # fmt: skip
 
 
@@ -187,7 +189,7 @@ class PackedData:
             held_out = split if packed else split.examples()
         return TrainingData(
             Numbered(self.train if packed else self.train.examples()), held_out, _collator(tokenizer, packed), facts,
-            self.train.domain_names, self.train.fingerprint,
+            self.train.domain_names, self.train.fingerprint, _fingerprint(self.args.eval_file),
         )  # fmt: skip
 
 
@@ -245,6 +247,8 @@ def _collator(tokenizer: PreTrainedTokenizerBase, packed: bool) -> NumberedColla
     return NumberedCollator(packed_collator if packed else PaddedCollator(tokenizer.pad_token_id))
 
 
-def _fingerprint(file: str) -> str:
+def _fingerprint(file: str | None) -> str | None:
+    if file is None:
+        return None
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

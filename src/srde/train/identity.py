@@ -38,6 +38,7 @@ def identity(
             "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
             "bf16", "use_muon", "supervised_experts", "domain_experts", "warm_start", "progressive_unlock",
             "unlock_steps", "router_temperature_start", "prune_by", "torch_compile", "label_smoothing_factor",
+            "lr_scheduler_kwargs", "optim_args",
         )
     }  # fmt: skip
     named = {"lr_scheduler_type": str(args.lr_scheduler_type), "optim": str(args.optim)}
@@ -54,6 +55,7 @@ def identity(
         "tokenizer": prints if data_args.train_file else prints["vocabulary"],
         "train_file": data.fingerprint if data_args.train_file else None,
         "pretokenized_dir": data.fingerprint if data_args.pretokenized_dir else None,
+        "eval_file": data.held_out_fingerprint,
         "max_length": data_args.max_length,
         "packing": data.facts["packed"],
         "data_order": data_args.data_order,

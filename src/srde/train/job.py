@@ -30,7 +30,7 @@ from srde.train.data import TrainingData, open_data
 from srde.train.identity import identity
 from srde.train.phases import Phases
 from srde.train.record import Record
-from srde.train.requirements import require_plain, require_prunable, require_whole
+from srde.train.requirements import require_plain, require_prunable, require_same_course, require_whole
 from srde.train.resolve import phases_of
 from srde.train.runner import RunTrainer
 from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
@@ -126,6 +126,7 @@ class Job:
         if found is not None:
             state, _ = checkpoint.read_state(found)
             checkpoint.compare(state["identity"], about, args.allow_changed or (), found)
+            require_same_course(state["identity"], phases, _step_of(found))
         if self.args.process_index == 0:
             checkpoint.set_aside(self.folder, _step_of(found), tell=self._tell)
         trainer = self._trainer(model, tokenizer, data, phases, about)
@@ -279,6 +280,8 @@ class Job:
         start = time.perf_counter()
         if found is not None:
             trainer.restore(found, state, RunState(**state["run"]))
+            if trainer.identity["eval_file"] != state["identity"].get("eval_file"):
+                trainer.begin_measuring_anew()
         if found is not None and step >= args.max_steps:
             self._restore_finished(trainer, found)
             if pending:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from srde.errors import ConfigError
 from srde.train.arguments import RunArguments
 from srde.train.phases import Phases
@@ -23,6 +26,34 @@ def require_prunable(config: SrdeConfig, args: RunArguments) -> None:
             "optim", name, rule="its state cannot be pruned, and sparsity falls during the run",
             fix=f"use one of {', '.join(_PRUNABLE)} or --use_muon, or set --initial_sparsity to --target_sparsity",
         )  # fmt: skip
+
+
+def require_same_course(saved: Mapping[str, Any], phases: Phases, step: int) -> None:
+    """Refuses to go on with other phases than the run began with, where that would repeat or leave out what is done once:
+    warm start and mask learning.
+
+    Args:
+        saved: The identity of the checkpoint's run.
+        phases: The phases now.
+        step: The checkpoint's step.
+
+    Raises:
+        ConfigError: The first steps that train nothing are not over in both.
+    """
+    names = {"phase_warmup_steps": "warm_up", "mask_learning_steps": "mask_learning"}
+    before = [saved.get(flag) for flag in names]
+    now = [[p.start, p.end] if (p := phases.named(name)) else None for name in names.values()]  # type: ignore[arg-type]
+    over = max((end for _, end in filter(None, before)), default=0)
+    if before != now and (step < over or step < phases.first_trained):
+        lengths = ", ".join(_length(span) for span in before)
+        raise ConfigError.of(
+            "phases", now, rule=f"the run is at step {step} and began with {before} for warm-up and mask learning, done once",
+            fix=f"pass --phase_warmup_steps and --mask_learning_steps as they were ({lengths})",
+        )  # fmt: skip
+
+
+def _length(span: list[int] | None) -> str:
+    return "0" if span is None else str(span[1] - span[0])
 
 
 def require_whole(config: SrdeConfig, args: RunArguments) -> None:

@@ -64,6 +64,7 @@ class RunTrainer(SavingTrainer):
         self._step_loss = None
         self._since = (time.monotonic(), 0, 0)
         self._load: Tensor | None = None
+        self._forgets_best = False
         controller.after_prune = self.after_prune
 
     # ---- logging and measuring --------------------------------------------------------------------------------------
@@ -136,6 +137,16 @@ class RunTrainer(SavingTrainer):
         self.record.beat("training", step)
         return metrics
 
+    def begin_measuring_anew(self) -> None:
+        """Other held-out rows than before: the base is measured on them, and the best so far is forgotten."""
+        self._forgets_best = True
+        self.run.base = {}
+        if self.eval_dataset is not None:
+            with self.without_experts():
+                found = self.measure_held_out()
+            self.run.base = _as_base(found)
+            self.last_measurement = None
+
     def measure_held_out(self, dataset: Dataset[Any] | None = None) -> Measurement:
         """Runs the held-out rows, and writes nothing; before anything is trained, through the base."""
         untrained = self.state.global_step <= self.first_trained
@@ -205,6 +216,8 @@ class RunTrainer(SavingTrainer):
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
         found = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # a resumed run logs and saves as it is told now
+        if self._forgets_best:
+            self.state.best_metric = self.state.best_global_step = None
         return found
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -260,6 +273,10 @@ class _Watch(TrainerCallback):
         """Leaving an epoch in the middle is not its end."""
         if self.trainer.was_stopped and state.epoch is not None and not float(state.epoch).is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
+
+
+def _as_base(found: Measurement) -> dict[str, Any]:
+    return {"loss": found.loss, "domains": {str(domain): loss for domain, (loss, _) in found.domains.items()}}
 
 
 def _seen(batch: dict[str, Any]) -> int:

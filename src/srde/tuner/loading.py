@@ -32,8 +32,6 @@ def load_base(
     Raises:
         ConfigError: The dtype is unknown, or there is no such model.
     """
-    from transformers import AutoModelForCausalLM
-
     from srde.tuner.model import keep_weights_unpacked
 
     if dtype not in DTYPES:
@@ -44,9 +42,25 @@ def load_base(
         kwargs["quantization_config"] = _quantization(quantization, dtype)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     with explained("model_name_or_path", name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=wanted, **kwargs)
+        model = _class_for(name_or_path).from_pretrained(name_or_path, dtype=wanted, **kwargs)
     keep_weights_unpacked(model)  # before anything runs it
     return model
+
+
+def _class_for(name_or_path: str) -> Any:
+    """The class that loads a model: of causal language models; or of models of several modalities, whose text decoder gets the
+    experts, where the checkpoint is one (Ministral-3)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    kind = AutoConfig.from_pretrained(name_or_path).model_type
+    several = (
+        kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    )
+    return AutoModelForImageTextToText if several else AutoModelForCausalLM
 
 
 def _quantization(kind: str, dtype: str) -> Any:
