@@ -14,11 +14,11 @@ from transformers import (
 
 from srde import SrdeConfig
 from srde.core import NeuronDelta
-from srde.train.control import Controller, Settings, unlock_span
+from srde.train.control import Controller, Settings
 from srde.train.phases import plan_phases
 from srde.train.record import Record
 from srde.train.runner import RunTrainer
-from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
+from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule, unlock_span
 from srde.train.stop import StopSignal
 from srde.train.supervision import Supervision
 from tiny import tiny
@@ -98,7 +98,11 @@ def run(tmp_path, given, *, model=None, table=None, muon=False, **args):
     forced = phases.named("expert_pretraining")
     supervision = Supervision(forced.end, 4, start=forced.start, table=table) if forced else None
     controller = Controller(
-        model, given, batches=first_batches, supervision=supervision, say=lambda *event: events.append(event)
+        model,
+        given,
+        batches=first_batches,
+        expert_of=supervision.experts if supervision else None,
+        say=lambda *event: events.append(event),
     )
     probe = Probe(model, controller)
     args = {

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from srde.errors import ConfigError
-from srde.train.control import unlock_span
 from srde.train.phases import NAMES, plan_phases
+from srde.train.schedules import unlock_span
 
 
 def table(*args, **kwargs):
@@ -62,10 +62,18 @@ def test_given_lengths_hold_and_those_of_0_are_left_out():
         "mask_learning": (0, 4),
         "joint": (4, 30),
     }
-    assert table(30, warm_up=3, mask_learning=4, delta_training=100) == {
+    assert table(30, warm_up=3, mask_learning=4, delta_training=23) == {
         "warm_up": (0, 3), "mask_learning": (3, 7), "delta_training": (7, 30)
     }  # fmt: skip
     assert table(1, warm_up=0, learn_masks=False, delta_training=0) == {"joint": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"), [("delta_training_steps", "delta_training"), ("expert_pretrain_steps", "pretraining")]
+)
+def test_a_length_that_does_not_fit_is_refused(flag, given):
+    with pytest.raises(ConfigError, match=rf"{flag}=24: max_steps=30 leaves 23 steps for it"):
+        table(30, warm_up=3, mask_learning=4, **{given: 24})
 
 
 def test_every_step_is_in_exactly_one_phase_and_phases_come_in_order():

@@ -241,7 +241,7 @@ def test_what_is_done_once_is_not_done_again_by_a_longer_run(data, tmp_path, cap
     ]
     lengths = ["mask_learning_steps", "delta_training_steps"]
     assert train(base, data, out, "--mask_learning_steps", "9", *longer, *lengths) == 1
-    assert "phases=[[0, 1], [1, 10]]: the run is at step 4" in capsys.readouterr().err
+    assert "phases=[1, 9]: the run is at step 4" in capsys.readouterr().err
     assert train(base, data, out, "--mask_learning_steps", "1", *longer, *lengths) == 0
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["phase"] == "mask_learning"] == [2]

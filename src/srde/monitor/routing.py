@@ -64,7 +64,7 @@ class Routing:
     @property
     def collapsed(self) -> list[int]:
         """The layers whose router has collapsed; none in a forced phase or with one expert."""
-        if self.forced or self.share_LE.shape[1] < 2:
+        if self.forced or self.windows < _FEWEST_WINDOWS or self.share_LE.shape[1] < 2:
             return []
         top_L = self.share_LE.max(-1)
         return np.nonzero((top_L > COLLAPSED_SHARE) | (self.entropy_L < COLLAPSED_ENTROPY))[0].tolist()

@@ -65,10 +65,11 @@ def newest_sign(heartbeat: Mapping[str, Any] | None, events: Sequence[Mapping[st
 
 
 def stall_seconds(sign: Sign | None, facts: Facts, step_seconds: float | None) -> float:
-    """Five times the time between two signs, at least a minute; ten minutes while there are none in between."""
-    if sign is None or sign.status != "training":
+    """Five times the time between two signs, at least a minute; ten minutes while there are none in between, or no
+    step has been timed yet."""
+    if sign is None or sign.status != "training" or step_seconds is None:
         return _LONG_WORK_STALL
-    between = (step_seconds or 0.0) * min(facts.heartbeat_steps, facts.logging_steps)
+    between = step_seconds * min(facts.heartbeat_steps, facts.logging_steps)
     return max(_SHORTEST_STALL, 5 * between)
 
 

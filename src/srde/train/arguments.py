@@ -117,6 +117,18 @@ class DataArguments:
             )
 
 
+_NOT_HERE = {
+    "push_to_hub": (False, "the adapter in --output_dir can be uploaded as it is"),
+    "load_best_model_at_end": (False, "the best adapter is in checkpoint-best"),
+    "metric_for_best_model": (None, "the best is the lowest held-out loss"),
+    "greater_is_better": (None, "the best is the lowest held-out loss"),
+    "save_only_model": (False, "a checkpoint has all that a run needs to go on"),
+    "train_sampling_strategy": ("random", "packed sets have --data_order"),
+}
+"""Flags of Transformers that would have no effect: their defaults, and what there is instead."""
+_BESIDE_MUON = ("adamw_torch", "adamw_torch_fused")
+
+
 @dataclass
 class RunArguments(TrainingArguments):
     """Transformers' `TrainingArguments` with defaults that suit experts on a frozen base, and what srde adds."""
@@ -161,8 +173,9 @@ class RunArguments(TrainingArguments):
     eval_steps: float | None = field(
         default=None, metadata={"help": "Steps between two evaluations; those of --save_steps, if not given."}
     )
-    report_to: str = field(
-        default="none", metadata={"help": "Trackers: none, tensorboard, wandb, trackio, ..."}
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers: none, tensorboard, wandb, trackio, ..."},
     )
     resume_from_checkpoint: str | None = field(
         default="auto",
@@ -275,6 +288,18 @@ class RunArguments(TrainingArguments):
                 rule="it must be above 0",
                 fix="use 2",
             )
+        for name, (value, instead) in _NOT_HERE.items():
+            if getattr(self, name) != value:
+                raise ConfigError.of(
+                    name,
+                    getattr(self, name),
+                    rule="srde train does not do this",
+                    fix=f"leave it out; {instead}",
+                )
+        if self.use_muon and str(getattr(self.optim, "value", self.optim)) not in _BESIDE_MUON:
+            raise ConfigError.of(
+                "optim", str(self.optim), rule="--use_muon chooses the optimizer", fix="pass one of them"
+            )
         if self.fp16:
             raise ConfigError.of(
                 "fp16", True, rule="float16 is not wide enough for the gradients of a frozen model's experts",
@@ -299,7 +324,7 @@ class RunArguments(TrainingArguments):
     __repr__ = __str__
 
 
-_BY_HAND = (
+EXPERT_FIELDS = (
     "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed",
     "null_expert", "num_shared_experts", "router_temperature", "router_aux_loss_coef", "router_z_loss_coef",
     "orthogonality_loss_coef", "sparsity_loss_coef", "layers_to_transform", "target_modules",
@@ -316,7 +341,7 @@ ExpertArguments = make_dataclass(
             field(default=_DEFAULTS.get(f.name, f.default), metadata=f.metadata),
         )
         for f in fields(SrdeConfig)
-        if f.name in _BY_HAND
+        if f.name in EXPERT_FIELDS
     ],
 )
 """The experts: the fields of `SrdeConfig` that are set by hand, with its help; masks are learned, if nothing else is said."""
@@ -354,7 +379,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunA
     flags = parser()
     try:
         model, data, experts, run, unknown = flags.parse_args_into_dataclasses(
-            expand_config(list(argv), flags), return_remaining_strings=True
+            expand_config(list(argv), flags), return_remaining_strings=True, look_for_args_file=False
         )
     except SrdeError:
         raise

@@ -122,13 +122,19 @@ def compare(
     Raises:
         ConfigError: A field differs; the message has both values and the flag that allows it.
     """
-    for field in {**saved, **present}:
-        value = present.get(field)
-        if saved.get(field) != value and field not in allowed:
-            raise ConfigError.of(
-                field, value, rule=f"{where.name} was made with {saved.get(field)!r}",
-                fix=f"set it back, or name another --output_dir, or pass --allow_changed {field} to go on all the same",
-            )  # fmt: skip
+    differ = [
+        field
+        for field in {**saved, **present}
+        if saved.get(field) != present.get(field) and field not in allowed
+    ]
+    if not differ:
+        return
+    first, *others = differ
+    more = "".join(f"; {field}={present.get(field)!r} with {saved.get(field)!r}" for field in others)
+    raise ConfigError.of(
+        first, present.get(first), rule=f"{where.name} was made with {saved.get(first)!r}{more}",
+        fix=f"set it back, or name another --output_dir, or pass --allow_changed {' '.join(differ)} to go on all the same",
+    )  # fmt: skip
 
 
 def write_state(folder: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from srde.train.masks import MaskLearner
 from srde.train.phases import Phase, Phases
 from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
-from srde.train.supervision import Supervision
 from srde.train.warm_start import WarmStart, warm_start
 from srde.tuner.calibrate import calibrate_masks
 from srde.tuner.layer import SrdeLayer
@@ -48,7 +47,7 @@ class Settings:
     sparsity: SparsitySchedule
     temperature: LinearSchedule
     unlock: UnlockSchedule
-    prune_by: PruneBy = "magnitude"
+    prune_by: PruneBy = "taylor"
     warm_start: WarmStart = "none"
     mask_init: str = "magnitude"
     seed: int = 0
@@ -61,7 +60,7 @@ class Controller(TrainerCallback):
         model: The `PeftModel`.
         settings: What changes when.
         batches: Makes the same few batches of the run's data in every process, for warm start and gradient masks.
-        supervision: Domains and their experts, if the run forces tokens.
+        expert_of: Maps `domain_ids` to experts, as `Supervision.experts` does, where domains are known; for warm start.
         say: Called with an event's name, the step and a sentence.
         adapter: The adapter's name.
 
@@ -76,12 +75,12 @@ class Controller(TrainerCallback):
         settings: Settings,
         *,
         batches: Callable[[], list[dict[str, Any]]],
-        supervision: Supervision | None = None,
+        expert_of: Callable[..., Tensor] | None = None,
         say: Callable[[str, int, str], None] = lambda *_: None,
         adapter: str = "default",
     ) -> None:
         self.model, self.settings, self.adapter = model, settings, adapter
-        self.batches, self.supervision, self.say = batches, supervision, say
+        self.batches, self.expert_of, self.say = batches, expert_of, say
         self.phase: Phase = settings.phases.at(0)
         self.learner: MaskLearner | None = None
         self.importance: dict[str, Tensor] = {}
@@ -223,12 +222,11 @@ class Controller(TrainerCallback):
             return
         batches = self.batches()
         if settings.warm_start != "none":
-            expert_of = None if self.supervision is None else self.supervision.experts
             warm_start(
                 self.model,
                 batches,
                 settings.warm_start,
-                expert_of=expert_of,
+                expert_of=self.expert_of,
                 seed=settings.seed,
                 adapter=self.adapter,
             )
@@ -269,13 +267,9 @@ class Controller(TrainerCallback):
         self.say("prune", step, f"sparsity {before:.3%} -> {wanted:.3%}")
 
     def _score(self, layer: SrdeLayer) -> Tensor:
-        importance = self.importance[layer.name]
+        importance = self.importance.get(layer.name)
+        if importance is None:  # it has had no gradient yet
+            return layer.srde_experts[self.adapter].size()
         if self.settings.prune_by == "taylor":
             return importance
         return layer.srde_experts[self.adapter].size() * importance.sigmoid()
-
-
-def unlock_span(phases: Phases, steps: int | None = None) -> tuple[int, int]:
-    """The steps over which experts are unlocked: so many, or the first third, of those that route tokens and train values."""
-    start = next((p.start for p in phases if p.values and p.name != "expert_pretraining"), phases.max_steps)
-    return start, start + (max(1, (phases.max_steps - start) // 3) if steps is None else steps)

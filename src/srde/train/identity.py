@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from srde.data.tokenizers import tokenizer_fingerprints
-from srde.train.arguments import DataArguments, ModelArguments, RunArguments
+from srde.train.arguments import EXPERT_FIELDS, DataArguments, ModelArguments, RunArguments
 from srde.train.data import TrainingData
 from srde.train.phases import Phases
 
@@ -25,20 +25,14 @@ def identity(
     """Everything that the trained numbers depend on, by the name of the flag that sets it."""
     config = model.peft_config["default"]
     prints = tokenizer_fingerprints(tokenizer)  # rows that are tokenised here also depend on the template
-    experts = {
-        name: getattr(config, name) for name in (
-            "num_experts", "top_k", "initial_sparsity", "target_sparsity", "granularity", "mask_init", "mask_seed",
-            "null_expert", "num_shared_experts", "router_temperature", "router_aux_loss_coef", "router_z_loss_coef",
-            "orthogonality_loss_coef", "sparsity_loss_coef", "layers_to_transform", "target_modules",
-        )
-    }  # fmt: skip
+    experts = {name: getattr(config, name) for name in EXPERT_FIELDS}
     settings = {
         name: getattr(args, name) for name in (
             "seed", "data_seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
             "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
             "bf16", "use_muon", "supervised_experts", "domain_experts", "warm_start", "progressive_unlock",
             "unlock_steps", "router_temperature_start", "prune_by", "torch_compile", "label_smoothing_factor",
-            "lr_scheduler_kwargs", "optim_args",
+            "lr_scheduler_kwargs", "optim_args", "full_determinism",
         )
     }  # fmt: skip
     named = {"lr_scheduler_type": str(args.lr_scheduler_type), "optim": str(args.optim)}
@@ -46,10 +40,7 @@ def identity(
         "phase_warmup_steps": "warm_up", "mask_learning_steps": "mask_learning", "delta_training_steps": "delta_training",
         "expert_pretrain_steps": "expert_pretraining",
     }  # fmt: skip
-    ends = {
-        flag: next(([p.start, p.end] for p in phases if p.name == name), None)
-        for flag, name in lengths.items()
-    }
+    counts = {flag: phases.steps(name) for flag, name in lengths.items()}  # type: ignore[arg-type]
     return {
         "model_name_or_path": model.peft_config["default"].base_fingerprint,
         "tokenizer": prints if data_args.train_file else prints["vocabulary"],
@@ -61,5 +52,5 @@ def identity(
         "data_order": data_args.data_order,
         "dtype": str(model.dtype),
         "quantization": model_args.quantization,
-        **experts, **settings, **named, **ends,
+        **experts, **settings, **named, **counts,
     }  # fmt: skip

@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    enable_full_determinism,
+    set_seed,
+)
 from transformers.trainer_callback import TrainerState
 
 from srde.data.pack import packing_is_exact
 from srde.data.tokenizers import load_tokenizer
 from srde.errors import ConfigError
-from srde.monitor.log import read_json, replace_json
+from srde.monitor.log import RUN_FILE, read_json, replace_json
 from srde.monitor.notify import Notifier
 from srde.train import checkpoint
 from srde.train.arguments import DataArguments, ModelArguments, RunArguments
-from srde.train.control import Controller, Settings, unlock_span
+from srde.train.control import Controller, Settings
 from srde.train.data import TrainingData, open_data
 from srde.train.identity import identity
 from srde.train.phases import Phases
@@ -33,7 +40,7 @@ from srde.train.record import Record
 from srde.train.requirements import require_plain, require_prunable, require_same_course, require_whole
 from srde.train.resolve import phases_of
 from srde.train.runner import RunTrainer
-from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
+from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule, unlock_span
 from srde.train.state import RunState
 from srde.train.stop import StopSignal, stopped
 from srde.train.supervision import Supervision, domain_table
@@ -107,7 +114,11 @@ class Job:
     def go(self) -> Outcome:
         """Loads, trains, saves."""
         args = self.args
-        set_seed(args.seed)
+        if args.max_steps > 0:  # what can be refused before anything is loaded
+            phases_of(args, self.config)
+        require_known(args.report_to)
+        require_prunable(self.config, args)
+        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         found = checkpoint.choose_checkpoint(self.folder, args.resume_from_checkpoint, tell=self._tell)
         tokenizer = load_tokenizer(self.model_args.model_name_or_path)
         given = open_data(
@@ -127,6 +138,11 @@ class Job:
             state, _ = checkpoint.read_state(found)
             checkpoint.compare(state["identity"], about, args.allow_changed or (), found)
             require_same_course(state["identity"], phases, _step_of(found))
+        elif (self.folder / RUN_FILE).is_file() and (self.folder / "adapter_model.safetensors").is_file():
+            saved = read_json(self.folder / RUN_FILE).get(
+                "identity", {}
+            )  # a finished run without checkpoints
+            checkpoint.compare(saved, about, args.allow_changed or (), self.folder)
         if self.args.process_index == 0:
             checkpoint.set_aside(self.folder, _step_of(found), tell=self._tell)
         trainer = self._trainer(model, tokenizer, data, phases, about)
@@ -174,8 +190,6 @@ class Job:
             per_epoch = max(math.ceil(len(data.train) / rows / args.gradient_accumulation_steps), 1)
             args.max_steps = math.ceil(per_epoch * args.num_train_epochs)
             self.record.max_steps = args.max_steps
-        require_known(args.report_to)
-        require_prunable(self.config, args)
         args.remove_unused_columns = False
         args.dataloader_pin_memory &= torch.cuda.is_available()
         if args.activation_checkpointing and not args.activation_checkpointing_kwargs:
@@ -196,8 +210,6 @@ class Job:
         if args.supervised_experts:
             start, end = (forced.start, forced.end) if forced else (0, 0)
             supervision = Supervision(end, config.num_experts, start=start, table=table)
-        elif args.warm_start == "domains":
-            supervision = Supervision(0, config.num_experts, table=table)
         start, end = unlock_span(phases, args.unlock_steps)
         # experts that are locked and not pre-trained have changed nothing yet: there is nothing to choose by
         waits = args.progressive_unlock != "none" and forced is None
@@ -222,7 +234,7 @@ class Job:
             model,
             settings,
             batches=lambda: data.first_batches(args.per_device_train_batch_size, BOUNDARY_TOKENS),
-            supervision=supervision,
+            expert_of=Supervision(0, config.num_experts, table=table).experts if data.domains else None,
             say=self.record.event,
         )
         make = partial(
@@ -336,7 +348,7 @@ class Job:
                 "layers": list(model.srde.layers),
                 "domains": data.domains,
                 "heartbeat_steps": args.heartbeat_steps,
-                "logging_steps": int(args.logging_steps),
+                "logging_steps": _count(args.logging_steps, args.max_steps),
                 "model": self.model_args.model_name_or_path,
                 "trained_parameters": trained_parameters(model),
                 "identity": about,
@@ -372,6 +384,11 @@ def _unpartitioned(args: RunArguments) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(settings)
+
+
+def _count(steps: float, max_steps: int) -> int:
+    """A number of steps, or below 1 a share of all."""
+    return math.ceil(steps * max_steps) if steps < 1 else int(steps)
 
 
 def _step_of(found: Path | None) -> int:

@@ -33,11 +33,17 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: Another run holds it; the message has its process and machine.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(folder, error) from error
     path = (folder / LOCK_FILE).resolve()
     if path in _held:  # before the file is opened: closing it would give up the lock that this process has
         raise _refused(folder, f"this process ({os.getpid()} on {socket.gethostname()})")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unusable(folder, error) from error
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,6 +69,17 @@ def _holder(descriptor: int) -> str:
         return f"process {holder['pid']} on {holder['host']}"
     except (ValueError, KeyError):  # it has just opened the file and not written yet
         return "another process"
+
+
+def _unusable(folder: Path, error: OSError) -> UsageError:
+    failure = UsageError.of(
+        "output_dir",
+        str(folder),
+        rule=f"cannot be written to ({error.strerror})",
+        fix="Name another --output_dir",
+    )
+    assert isinstance(failure, UsageError)
+    return failure
 
 
 def _refused(folder: Path, who: str) -> UsageError:

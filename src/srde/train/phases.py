@@ -74,6 +74,11 @@ class Phases:
         """The phase of a name, if the run has it."""
         return next((phase for phase in self.all if phase.name == name), None)
 
+    def steps(self, name: Name) -> int:
+        """How many steps a phase has; 0 if the run does not have it."""
+        phase = self.named(name)
+        return phase.end - phase.start if phase else 0
+
     @property
     def first_trained(self) -> int:
         """The first step that trains values."""
@@ -129,7 +134,7 @@ def plan_phases(
     second = mask_learning
     if second is None:
         second = max(1, _scaled(MASK_LEARNING, share)) if learn_masks else 0
-    forced = _scaled(PRETRAINING, share) if pretraining is None else pretraining
+    forced = max(1, _scaled(PRETRAINING, share)) if pretraining is None else pretraining
     if pretraining is None and delta_training is not None:
         forced = min(forced, delta_training)
     third = max(_scaled(DELTA_TRAINING, share), forced) if delta_training is None else delta_training
@@ -142,6 +147,13 @@ def plan_phases(
         raise ConfigError.of(
             "max_steps", max_steps, rule=f"the first {first + second} steps train nothing (warm-up and mask learning)",
             fix="raise --max_steps, or shorten --phase_warmup_steps and --mask_learning_steps",
+        )  # fmt: skip
+    given_too_long = (pretraining or 0) if delta_training is None else delta_training
+    if first + second + given_too_long > max_steps:
+        flag = "expert_pretrain_steps" if delta_training is None else "delta_training_steps"
+        raise ConfigError.of(
+            flag, given_too_long, rule=f"max_steps={max_steps} leaves {max_steps - first - second} steps for it",
+            fix="raise --max_steps, or lower it",
         )  # fmt: skip
     lengths = (first, second, forced, third - forced, max_steps)
     phases, start = [], 0

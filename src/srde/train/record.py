@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,19 @@ class Record:
         max_steps: Steps in all.
         heartbeat_steps: Steps between two heartbeats.
         writes: Whether this process is the one that writes.
+        scrub: Takes secrets out of texts.
     """
 
-    def __init__(self, folder: Path, max_steps: int, heartbeat_steps: int, *, writes: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_steps: int,
+        heartbeat_steps: int,
+        *,
+        writes: bool = True,
+        scrub: Callable[[str], str] = str,
+    ) -> None:
+        self.scrub = scrub
         self.folder, self.max_steps, self.heartbeat_steps, self.writes = (
             folder, max_steps, heartbeat_steps, writes,
         )  # fmt: skip
@@ -64,6 +74,7 @@ class Record:
 
     def event(self, name: str, step: int, text: str) -> None:
         """Adds an event, and tells it on the log."""
+        text = self.scrub(text)
         if self.writes:
             self._events.append({"time": time.time(), **self._who, "event": name, "step": step, "text": text})
             logger.info("step %d: %s: %s", step, name, text)
@@ -84,7 +95,7 @@ class Record:
                 self.folder / HEARTBEAT_FILE,
                 {
                     "time": time.time(), **self._who, "status": status, "step": self.step, "max_steps": self.max_steps,
-                    "phase": self.phase, "reason": reason,
+                    "phase": self.phase, "reason": None if reason is None else self.scrub(reason),
                 },
             )  # fmt: skip
 

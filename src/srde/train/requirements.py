@@ -40,20 +40,14 @@ def require_same_course(saved: Mapping[str, Any], phases: Phases, step: int) -> 
     Raises:
         ConfigError: The first steps that train nothing are not over in both.
     """
-    names = {"phase_warmup_steps": "warm_up", "mask_learning_steps": "mask_learning"}
-    before = [saved.get(flag) for flag in names]
-    now = [[p.start, p.end] if (p := phases.named(name)) else None for name in names.values()]  # type: ignore[arg-type]
-    over = max((end for _, end in filter(None, before)), default=0)
-    if before != now and (step < over or step < phases.first_trained):
-        lengths = ", ".join(_length(span) for span in before)
+    flags = {"phase_warmup_steps": "warm_up", "mask_learning_steps": "mask_learning"}
+    before = [int(saved.get(flag) or 0) for flag in flags]
+    now = [phases.steps(name) for name in flags.values()]  # type: ignore[arg-type]
+    if before != now and (step < sum(before) or step < phases.first_trained):
         raise ConfigError.of(
-            "phases", now, rule=f"the run is at step {step} and began with {before} for warm-up and mask learning, done once",
-            fix=f"pass --phase_warmup_steps and --mask_learning_steps as they were ({lengths})",
+            "phases", now, rule=f"the run is at step {step} and began with {before} steps of warm-up and masks, done once",
+            fix=f"pass --phase_warmup_steps {before[0]} and --mask_learning_steps {before[1]}",
         )  # fmt: skip
-
-
-def _length(span: list[int] | None) -> str:
-    return "0" if span is None else str(span[1] - span[0])
 
 
 def require_whole(config: SrdeConfig, args: RunArguments) -> None:
@@ -67,6 +61,11 @@ def require_whole(config: SrdeConfig, args: RunArguments) -> None:
         raise ConfigError.of(
             "initial_sparsity", config.initial_sparsity, rule=f"{rule}, which cannot be pruned",
             fix=f"pass --initial_sparsity {config.target_sparsity:g} too, or train with DDP",
+        )  # fmt: skip
+    if args.progressive_unlock != "none":
+        raise ConfigError.of(
+            "progressive_unlock", args.progressive_unlock, rule=f"{rule}, of which experts cannot be held back",
+            fix="leave it out, or train with DDP",
         )  # fmt: skip
     if args.use_muon:
         raise ConfigError.of(

@@ -20,6 +20,7 @@ from srde.train.arguments import (
 )
 from srde.train.config_file import files_of, settings
 from srde.train.phases import Phases, plan_phases
+from srde.train.schedules import unlock_span
 from srde.tuner import SrdeConfig
 
 SECRET = ("webhook_url", "hub_token")
@@ -85,7 +86,17 @@ def phases_of(run: RunArguments, config: SrdeConfig) -> Phases:
             "prune_by", "importance", rule="importance is what mask learning finds, and this run learns no masks",
             fix="pass --mask_init learned, or --prune_by magnitude",
         )  # fmt: skip
-    return plan_phases(
+    by_domain = run.supervised_experts or run.warm_start != "none"
+    for name, given, needs, there in (
+        ("expert_pretrain_steps", run.expert_pretrain_steps, "--supervised_experts", run.supervised_experts),
+        ("unlock_steps", run.unlock_steps, "--progressive_unlock", run.progressive_unlock != "none"),
+        ("domain_experts", run.domain_experts, "--supervised_experts or --warm_start", by_domain),
+    ):  # fmt: skip
+        if given and not there:
+            raise ConfigError.of(
+                name, given, rule=f"it does nothing without {needs}", fix=f"pass {needs}, or leave it out"
+            )
+    phases = plan_phases(
         run.max_steps,
         warm_up=run.phase_warmup_steps,
         mask_learning=run.mask_learning_steps,
@@ -93,6 +104,14 @@ def phases_of(run: RunArguments, config: SrdeConfig) -> Phases:
         pretraining=run.expert_pretrain_steps if run.supervised_experts else 0,
         learn_masks=config.mask_init == "learned",
     )
+    start, end = unlock_span(phases, run.unlock_steps)
+    if run.progressive_unlock != "none" and end > run.max_steps:
+        raise ConfigError.of(
+            "unlock_steps", run.unlock_steps,
+            rule=f"unlocking begins at step {start}, and would end after max_steps={run.max_steps}",
+            fix=f"use {max(run.max_steps - start, 1)} or less, or raise --max_steps",
+        )  # fmt: skip
+    return phases
 
 
 def _require_pairs(entries: Sequence[str] | None) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from srde.artifacts import sweep
 from srde.errors import StoppedError
 from srde.monitor.notify import Notifier, webhook_url_from
+from srde.monitor.scrub import Scrubber
 from srde.train.arguments import DataArguments, ModelArguments, RunArguments, starting_config
 from srde.train.job import ATTEMPT, Job, Outcome, trained_parameters
 from srde.train.lock import lock
@@ -56,7 +57,8 @@ def run(
             stack.enter_context(lock(folder))
             sweep(folder)
         stack.enter_context(stop.listening())
-        record = Record(folder, args.max_steps, args.heartbeat_steps, writes=is_main)
+        scrub = Scrubber(url, os.environ)
+        record = Record(folder, args.max_steps, args.heartbeat_steps, writes=is_main, scrub=scrub)
         try:
             record.beat("loading", 0)
             return Job(model_args, data_args, config, args, callbacks, folder, record, stop, notifier).go()

@@ -63,7 +63,7 @@ class RunTrainer(SavingTrainer):
         self._place = 0
         self._step_loss = None
         self._since = (time.monotonic(), 0, 0)
-        self._load: Tensor | None = None
+        self._load: tuple[Tensor, int] | None = None
         self._forgets_best = False
         controller.after_prune = self.after_prune
 
@@ -76,7 +76,8 @@ class RunTrainer(SavingTrainer):
         if not training:
             return
         controller, step = self.controller, self.state.global_step
-        load, self._load = self._load, None
+        load, self._load = None if self._load is None else self._load[0] / max(self._load[1], 1), None
+        load = None if load is None else self.mean_over_processes(load)
         now, tokens = time.monotonic(), self.run.tokens
         seconds, steps = max(now - self._since[0], 1e-9), max(step - self._since[1], 1)
         clock = {
@@ -91,13 +92,15 @@ class RunTrainer(SavingTrainer):
         self.record.line("train", step, facts, clock)
 
     def observe(self, call: RoutedCall) -> None:
-        """The experts' load in a step that will be logged."""
+        """Adds up the experts' load in a step that will be logged."""
         every = (self.state.logging_steps or 1) if self.args.logging_strategy == "steps" else 1
         if (self.state.global_step + 1) % every == 0 and self.controller.phase.values:
             mask = None if call.mask_T is None else call.mask_T.bool()
             gates = [route.gate_TE.detach() for route in call.routes.values()]
-            means = [(gate if mask is None else gate[mask]).float().mean(0) for gate in gates]
-            self._load = torch.stack(means)
+            load = torch.stack([(gate if mask is None else gate[mask]).double().sum(0) for gate in gates])
+            tokens = len(gates[0]) if mask is None else int(mask.sum())
+            before, counted = self._load or (torch.zeros_like(load), 0)
+            self._load = before + load, counted + tokens
 
     def evaluate(
         self,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from srde.train.phases import Phases
+
 Unlock = Literal["none", "linear", "warmup"]
 
 
@@ -87,3 +89,9 @@ class UnlockSchedule:
             return 1
         done = (step - self.start) / (self.end - self.start)
         return 1 + int(done * (self.num_experts - 1) + 1e-9)
+
+
+def unlock_span(phases: Phases, steps: int | None = None) -> tuple[int, int]:
+    """The steps over which experts are unlocked: so many, or the first third, of those that route tokens and train values."""
+    start = next((p.start for p in phases if p.values and p.name != "expert_pretraining"), phases.max_steps)
+    return start, start + (max(1, (phases.max_steps - start) // 3) if steps is None else steps)

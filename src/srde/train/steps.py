@@ -47,6 +47,7 @@ class StepTrainer(SrdeTrainer):
     _place: int
     _step_loss: Tensor | None
     _means_before: Means
+    _load: Any
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step; remembers them, and which rows they are of."""
@@ -54,6 +55,7 @@ class StepTrainer(SrdeTrainer):
         self._rows = [batch.pop("row_ids").tolist() if "row_ids" in batch else [] for batch in batches]
         self.micro_batches, self._place = list(batches), 0
         self._means_before, self._step_loss = self.means.copy(), None
+        self._load = None
         return batches, items
 
     def training_step(
@@ -121,7 +123,7 @@ class StepTrainer(SrdeTrainer):
             model.zero_grad(set_to_none=True)
             if self.controller.learner is not None:
                 self.controller.learner.gains.clear()
-            self.means, self._step_loss = self._means_before.copy(), None
+            self.means, self._step_loss, self._load = self._means_before.copy(), None, None
             torch.cuda.empty_cache()
             try:
                 for earlier in self.micro_batches[: place + 1]:
