@@ -278,7 +278,6 @@ class Job:
         args, record = self.args, self.record
         step = _step_of(found)
         pending = bool(state.get("run", {}).get("pending"))
-        # without a checkpoint, whatever there was is not this run's
         record.resume(-1 if found is None else step, again=pending)
         attempt = os.environ.get(ATTEMPT)
         facts = {"step": step, "max_steps": args.max_steps} | ({"attempt": attempt} if attempt else {})
@@ -295,6 +294,7 @@ class Job:
             if trainer.identity["eval_file"] != state["identity"].get("eval_file"):
                 trainer.begin_measuring_anew()
         if found is not None and step >= args.max_steps:
+            self.stop.gently()
             self._restore_finished(trainer, found)
             if pending:
                 trainer._evaluate(None, None)

@@ -18,7 +18,7 @@ from srde.train.arguments import DataArguments, ModelArguments, RunArguments, st
 from srde.train.job import ATTEMPT, Job, Outcome, trained_parameters
 from srde.train.lock import lock
 from srde.train.record import Record
-from srde.train.stop import StopSignal
+from srde.train.stop import StopSignal, stopped
 
 __all__ = ["Outcome", "run", "trained_parameters"]
 
@@ -62,12 +62,16 @@ def run(
         try:
             record.beat("loading", 0)
             return Job(model_args, data_args, config, args, callbacks, folder, record, stop, notifier).go()
-        except StoppedError as error:
-            record.beat("stopped", reason=str(error))
-            record.event("stopped", record.step, str(error))
-            notifier.send("stopped", str(error), step=record.step)
-            raise
         except BaseException as error:
+            if isinstance(error, StoppedError) or (stop.asked and stop.abrupt):
+                # a library may swallow the stop while it loads, and break at what is missing then
+                ended = error if isinstance(error, StoppedError) else stopped(stop.asked or "", None)
+                record.beat("stopped", reason=str(ended))
+                record.event("stopped", record.step, str(ended))
+                notifier.send("stopped", str(ended), step=record.step)
+                if ended is error:
+                    raise
+                raise ended from error
             reason = f"{type(error).__name__}: {error}"
             record.fail(reason)
             attempt = os.environ.get(ATTEMPT)
