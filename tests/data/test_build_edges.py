@@ -116,6 +116,7 @@ def test_a_template_that_asks_for_the_day(make, tmp_path, monkeypatch):
         make("x", template_date="tomorrow")
 
 
+@pytest.mark.slow
 def test_generated_rows_do_not_depend_on_the_hash_seed(tmp_path):
     """Both tasks give other rows in another process if nothing is done about it."""
     program = """

@@ -309,7 +309,13 @@ TERMS = {"min_terms": 2, "max_terms": 3}
 
 
 @pytest.mark.parametrize(
-    "rows", [pytest.param(1, marks=pytest.mark.slow), 4, 7, pytest.param(2048, marks=pytest.mark.slow)]
+    "rows",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(4, marks=pytest.mark.slow),
+        7,
+        pytest.param(2048, marks=pytest.mark.slow),
+    ],
 )
 def test_a_tasks_rows_do_not_depend_on_the_chunks(monkeypatch, rows):
     whole = [pair for span in gym_spans("chain_sum", 20) for pair in read_gym(span, 3, 20, TERMS)]

@@ -162,6 +162,7 @@ def test_once_fetched_a_build_needs_no_network(hub, run, whole, tmp_path):
     hub.heal()
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_source_that_changed_its_columns_or_is_gone(hub, run, tmp_path):
     with StandInHub() as other:

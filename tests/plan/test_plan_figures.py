@@ -201,7 +201,11 @@ def step(model, inputs):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"granularity": "element"}, {"num_shared_experts": 1}, {"layers_to_transform": [1]}],
+    [
+        pytest.param({"granularity": "element"}, marks=pytest.mark.slow),
+        {"num_shared_experts": 1},
+        {"layers_to_transform": [1]},
+    ],
     ids=["element", "shared", "one layer"],
 )
 def test_other_settings(settings, tmp_path):
