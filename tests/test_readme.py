@@ -115,6 +115,7 @@ def test_the_commands_of_the_data_guide_run_as_written(home):
     assert "torch.Size([1, " in run([sys.executable, "-c", block], home)
 
 
+@pytest.mark.slow
 def test_the_stand_in_hub_of_the_data_guide(home):
     serve, use = [
         b for b in blocks("docs/guides/data.md", "bash") if "standin_hub" in b or "HF_ENDPOINT" in b

@@ -329,6 +329,7 @@ def test_a_tasks_rows_do_not_depend_on_the_chunks(monkeypatch, rows):
     assert len({record["question"] for _, record in whole}) > 15
 
 
+@pytest.mark.slow
 def test_a_tasks_rows_depend_on_the_seed_and_the_settings():
     (span,) = gym_spans("chain_sum", 10)
 

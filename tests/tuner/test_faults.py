@@ -164,6 +164,7 @@ def check(outcomes):
         assert found[0] == "old" and set(found[found.index("new") :]) == {"new"}
 
 
+@pytest.mark.slow
 def test_a_killed_save_never_leaves_what_loads_wrongly(tmp_path):
     check(kill(tmp_path, peft=4, transformers=4, save_adapter=20))
 
