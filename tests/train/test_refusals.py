@@ -23,7 +23,7 @@ NEEDED = ["--model_name", "m", "--train_file", "t", "--output_dir", "o", "--use_
     [
         (["--push_to_hub", "true"], "push_to_hub=True: srde train does not do this"),
         (["--save_only_model", "true"], "save_only_model=True: srde train does not do this"),
-        (["--metric_for_best_model", "loss"], "metric_for_best_model='loss': srde train does not do this"),
+        (["--metric_for_best_model", "f1"], "metric_for_best_model='f1': srde train does not do this"),
         (["--train_sampling_strategy", "sequential"], "train_sampling_strategy='sequential': srde train does"),
         (["--use_muon", "--optim", "sgd"], "optim='sgd': --use_muon chooses the optimizer"),
         (["--expert_pretrain_steps", "5"], "expert_pretrain_steps=5: it does nothing without --supervised_experts"),

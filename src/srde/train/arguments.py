@@ -117,15 +117,15 @@ class DataArguments:
             )
 
 
-_NOT_HERE = {
-    "push_to_hub": (False, "the adapter in --output_dir can be uploaded as it is"),
-    "load_best_model_at_end": (False, "the best adapter is in checkpoint-best"),
-    "metric_for_best_model": (None, "the best is the lowest held-out loss"),
-    "greater_is_better": (None, "the best is the lowest held-out loss"),
-    "save_only_model": (False, "a checkpoint has all that a run needs to go on"),
-    "train_sampling_strategy": ("random", "packed sets have --data_order"),
+_NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "push_to_hub": ((False,), "the adapter in --output_dir can be uploaded as it is"),
+    "load_best_model_at_end": ((False,), "the best adapter is in checkpoint-best"),
+    "metric_for_best_model": ((None, "loss", "eval_loss"), "the best is the lowest held-out loss"),
+    "greater_is_better": ((None, False), "the best is the lowest held-out loss"),
+    "save_only_model": ((False,), "a checkpoint has all that a run needs to go on"),
+    "train_sampling_strategy": (("random",), "packed sets have --data_order"),
 }
-"""Flags of Transformers that would have no effect: their defaults, and what there is instead."""
+"""Flags of Transformers that would have no effect: the values that there can be, and what there is instead of others."""
 _BESIDE_MUON = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -288,8 +288,8 @@ class RunArguments(TrainingArguments):
                 rule="it must be above 0",
                 fix="use 2",
             )
-        for name, (value, instead) in _NOT_HERE.items():
-            if getattr(self, name) != value:
+        for name, (values, instead) in _NOT_HERE.items():
+            if getattr(self, name) not in values:
                 raise ConfigError.of(
                     name,
                     getattr(self, name),
