@@ -12,17 +12,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
 
 from srde.errors import ConfigError, UnsupportedModelError
+from srde.tuner.loading import auto_class
 
 FIELD = "model_name_or_path"
 
@@ -71,11 +66,7 @@ def build_base(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         UnsupportedModelError: The architecture has no causal language model.
         ConfigError: The configuration's own values contradict each other.
     """
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto = AutoModelForCausalLM
-    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        auto = AutoModelForImageTextToText
-    else:
+    if (auto := auto_class(config)) is None:
         raise UnsupportedModelError.of(
             "model_type", config.model_type, rule="Transformers has no causal language model of this architecture",
             fix="plan for a model that AutoModelForCausalLM or AutoModelForImageTextToText can load",

@@ -139,9 +139,8 @@ class Job:
             checkpoint.compare(state["identity"], about, args.allow_changed or (), found)
             require_same_course(state["identity"], phases, _step_of(found))
         elif (self.folder / RUN_FILE).is_file() and (self.folder / "adapter_model.safetensors").is_file():
-            saved = read_json(self.folder / RUN_FILE).get(
-                "identity", {}
-            )  # a finished run without checkpoints
+            # a finished run without checkpoints
+            saved = read_json(self.folder / RUN_FILE).get("identity", {})
             checkpoint.compare(saved, about, args.allow_changed or (), self.folder)
         if self.args.process_index == 0:
             checkpoint.set_aside(self.folder, _step_of(found), tell=self._tell)
@@ -320,18 +319,11 @@ class Job:
 
     def _held_out(self, trainer: RunTrainer) -> dict[str, Any]:
         """Held-out loss by domain against the base, and how far the experts differ by domain."""
-        last, run = trainer.last_measurement, trainer.run
+        last = trainer.last_measurement
         assert last is not None
-        names = trainer.domain_names
-        by_domain = {
-            names[number] if 0 <= number < len(names) else "(no domain)": {
-                "loss": loss, "base_loss": run.base.get("domains", {}).get(str(number)), "tokens": tokens,
-            }
-            for number, (loss, tokens) in last.domains.items()
-        }  # fmt: skip
         found = trainer.specialisation()
         return {
-            "eval_loss": last.loss, "base_eval_loss": run.base.get("loss"), "domains": by_domain,
+            "eval_loss": last.loss, "base_eval_loss": trainer.run.base.get("loss"), "domains": trainer.by_domain(last),
             "specialisation": None if found is None else asdict(found),
         }  # fmt: skip
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from srde.core import LearnedSparseSelector
 from srde.train.schedules import LinearSchedule
 from srde.tuner.calibrate import Taps, sum_over_processes
-from srde.tuner.layer import SrdeLayer
+from srde.tuner.layer import SrdeLayer, switched_off
 
 STEP_SIZE = 60.0
 """How far the logits move over a whole phase of unit gradients; with it the choice has settled at the end (measured)."""
@@ -66,14 +66,10 @@ class MaskLearner:
     def listening(self) -> Iterator[None]:
         """Runs the model as its base; backward passes inside add to the gains."""
         ears = [_Ear(layer, self) for layer in self.layers]
-        before = [layer.disable_adapters for layer in self.layers]
-        for layer in self.layers:
-            layer._disable_adapters = True
         try:
-            yield
+            with switched_off(self.layers):
+                yield
         finally:
-            for layer, value in zip(self.layers, before, strict=True):
-                layer._disable_adapters = value
             for ear in ears:
                 ear.remove()
 

@@ -23,6 +23,8 @@ from srde.train.state import RunState
 from srde.train.stop import StopSignal, stopped
 from srde.tuner import RoutedCall
 
+ANY = "(no domain)"
+
 
 class RunTrainer(SavingTrainer):
     """`SrdeTrainer` for one run into one folder.
@@ -118,17 +120,12 @@ class RunTrainer(SavingTrainer):
         start = time.monotonic()
         found = self.measure_held_out(eval_dataset)
         if step <= self.first_trained:
-            self.run.base = {
-                "loss": found.loss,
-                "domains": {str(d): v for d, (v, _) in found.domains.items()},
-            }
+            self.run.base = _as_base(found)
         metrics = {f"{metric_key_prefix}_loss": found.loss}
-        domains: dict[str, Any] = {}
-        for number, (loss, tokens) in found.domains.items():
-            if 0 <= number < len(self.domain_names):
-                metrics[f"{metric_key_prefix}_{self.domain_names[number]}_loss"] = loss
-                base = self.run.base.get("domains", {}).get(str(number))
-                domains[self.domain_names[number]] = {"loss": loss, "base_loss": base, "tokens": tokens}
+        domains = self.by_domain(found)
+        metrics |= {
+            f"{metric_key_prefix}_{name}_loss": one["loss"] for name, one in domains.items() if name != ANY
+        }
         differ = self.specialisation()
         facts = {
             "loss": found.loss, "base_loss": self.run.base.get("loss"), "domains": domains,
@@ -159,6 +156,16 @@ class RunTrainer(SavingTrainer):
         model.train()
         self.last_measurement = found
         return found
+
+    def by_domain(self, found: Measurement) -> dict[str, dict[str, Any]]:
+        """A measurement by the domains' names: loss, the base's loss, trained tokens."""
+        names, base = self.domain_names, self.run.base.get("domains", {})
+        return {
+            names[number] if 0 <= number < len(names) else ANY: {
+                "loss": loss, "base_loss": base.get(str(number)), "tokens": tokens
+            }
+            for number, (loss, tokens) in found.domains.items()
+        }  # fmt: skip
 
     def specialisation(self) -> Specialisation | None:
         """How far the experts differ by domain, on the rows measured last; None before there are any, or any domains."""

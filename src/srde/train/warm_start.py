@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from srde.errors import DataError
+from srde.tuner.layer import switched_off
 
 WarmStart = Literal["none", "kmeans", "domains"]
 
@@ -172,7 +173,8 @@ def _collect(
     experts = []
     was_training = model.training
     device = next(model.parameters()).device
-    with torch.no_grad(), _bare(model, layers):
+    model.eval()
+    with torch.no_grad(), switched_off(layers):
         for turn, batch in enumerate(batches):
             domain_ids = batch.pop("domain_ids", None)
             batch.pop("labels", None)
@@ -191,19 +193,6 @@ def _collect(
                 model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     model.train(was_training)
     return {name: torch.cat(own) for name, own in states.items()}, torch.cat(experts).long()
-
-
-@contextmanager
-def _bare(model: nn.Module, layers: Sequence[Any]) -> Any:
-    model.eval()
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
 
 
 @contextmanager

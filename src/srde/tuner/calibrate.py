@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from srde.core import gradient_scores
 from srde.errors import UsageError
 from srde.tuner.control import no_adapter
-from srde.tuner.layer import SrdeLayer
+from srde.tuner.layer import SrdeLayer, switched_off
 
 
 def calibrate_masks(
@@ -38,7 +38,6 @@ def calibrate_masks(
             fix="calibrate before training, or start a new adapter",
         )  # fmt: skip
     scores = [_Scores(layer, adapter) for layer in layers]
-    disabled = [layer.disable_adapters for layer in layers]
     trained = [(p, p.grad) for p in model.parameters() if p.requires_grad]  # of `modules_to_save`
     was_training = model.training
     count = 0
@@ -46,17 +45,13 @@ def calibrate_masks(
         model.eval()
         for parameter, _ in trained:
             parameter.grad = None
-        for layer in layers:
-            layer._disable_adapters = True
-        for batch in batches:
-            with torch.enable_grad():
+        with switched_off(layers), torch.enable_grad():
+            for batch in batches:
                 model(**batch).loss.backward()
-            count += 1
+                count += 1
     finally:
         for score in scores:
             score.taps.remove()
-        for layer, value in zip(layers, disabled, strict=True):
-            layer._disable_adapters = value
         for parameter, grad in trained:
             parameter.grad = grad
         model.train(was_training)

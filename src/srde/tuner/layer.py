@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -187,6 +189,19 @@ class SrdeLayer(_Wrapper):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # the dtype stays out of it: values and routers are float32 whatever the base is in
         return next((p.device for p in base_layer.parameters()), None), None
+
+
+@contextmanager
+def switched_off(layers: Sequence[SrdeLayer]) -> Iterator[None]:
+    """Makes layers compute what the base does while the context is open."""
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
 
 
 class SrdeLooseUp(SrdeLayer):

@@ -13,7 +13,7 @@ from srde.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -32,6 +32,8 @@ def load_base(
     Raises:
         ConfigError: The dtype is unknown, or there is no such model.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     from srde.tuner.model import keep_weights_unpacked
 
     if dtype not in DTYPES:
@@ -42,25 +44,25 @@ def load_base(
         kwargs["quantization_config"] = _quantization(quantization, dtype)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     with explained("model_name_or_path", name_or_path):
-        model = _class_for(name_or_path).from_pretrained(name_or_path, dtype=wanted, **kwargs)
+        # a model that neither has gets the words of the first
+        auto = auto_class(AutoConfig.from_pretrained(name_or_path)) or AutoModelForCausalLM
+        model = auto.from_pretrained(name_or_path, dtype=wanted, **kwargs)
     keep_weights_unpacked(model)  # before anything runs it
     return model
 
 
-def _class_for(name_or_path: str) -> Any:
-    """The class that loads a model: of causal language models; or of models of several modalities, whose text decoder gets the
-    experts, where the checkpoint is one (Ministral-3)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class that loads or builds a model: of causal language models; or, where the checkpoint is one of several modalities
+    (Ministral-3), of those, whose text decoder gets the experts. None if Transformers has neither."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    kind = AutoConfig.from_pretrained(name_or_path).model_type
-    several = (
-        kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    )
-    return AutoModelForImageTextToText if several else AutoModelForCausalLM
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
 
 
 def _quantization(kind: str, dtype: str) -> Any:
