@@ -13,7 +13,7 @@ from srde.core.losses import (
 from srde.core.masks import deal, draft, gradient_scores, magnitude_scores, random_scores
 from srde.core.neuron import NeuronDelta
 from srde.core.routed import choose_path, contract, expand, routed_mlp
-from srde.core.router import Groups, Route, Router
+from srde.core.router import Groups, Mixture, Route, Router
 from srde.core.selector import LearnedSparseSelector, relaxed_top_k
 
 DELTAS: dict[str, type[NeuronDelta] | type[ElementDelta]] = {"neuron": NeuronDelta, "element": ElementDelta}
@@ -25,6 +25,7 @@ __all__ = [
     "Found",
     "Groups",
     "LearnedSparseSelector",
+    "Mixture",
     "MlpLayout",
     "NeuronDelta",
     "Path",

@@ -17,6 +17,17 @@ from torch import Tensor, nn
 from srde.errors import ConfigError, UsageError
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """One fixed mixture of experts for all tokens, in the router's place.
+
+    Attributes:
+        share_E: The gate of each routed expert; any finite numbers.
+    """
+
+    share_E: tuple[float, ...]
+
+
 @dataclass
 class Route:
     """What the router decided for T tokens.
@@ -25,7 +36,7 @@ class Route:
         logits_TE: Router logits over the slots (routed experts, then the null slot if there is one),
             float32 or wider; locked slots hold minus infinity.
         slot_TK: The chosen slots, best first; -1 where a token was forced and has no further choice.
-        share_TK: The weight of each, in the same order; they add up to 1.
+        share_TK: The weight of each, in the same order; they add up to 1, but in a given mixture.
         num_routed: How many experts are routed.
         num_shared: How many more are shared: always on, with gate 1.
         forced: Whether tokens were told their expert.
@@ -172,15 +183,32 @@ class Router(nn.Module):
             )  # fmt: skip
         self.locked = locked
 
-    def forward(self, x_TD: Tensor, forced_T: Tensor | int | None = None) -> Route:
+    def forward(self, x_TD: Tensor, forced_T: Tensor | int | Mixture | None = None) -> Route:
         """Routes T tokens.
 
         Args:
             x_TD: Hidden states before the MLP.
             forced_T: A routed expert for every token, or one per token with -1 for "free": a forced token
-                uses that expert alone, with gate 1. Locks do not apply to it.
+                uses that expert alone, with gate 1. Or a mixture for every token. Locks do not apply to it.
         """
         logits_TE = self._logits(x_TD)
+        if isinstance(forced_T, Mixture):
+            share_E = logits_TE.new_tensor(forced_T.share_E)
+            if share_E.shape != (self.num_experts,):
+                raise ConfigError.of(
+                    "mixture", forced_T.share_E, rule=f"it has one gate for each of the {self.num_experts} routed experts",
+                    fix="use 0 for experts to leave out",
+                )  # fmt: skip
+            slot_E = torch.arange(self.num_experts, device=logits_TE.device)
+            shape = (len(x_TD), self.num_experts)
+            return Route(
+                logits_TE,
+                slot_E.expand(shape),
+                share_E.expand(shape),
+                self.num_experts,
+                self.num_shared,
+                True,
+            )
         top_TK, slot_TK = logits_TE.topk(self.top_k, dim=-1)
         share_TK = top_TK.softmax(dim=-1)
         if forced_T is not None:

@@ -77,6 +77,19 @@ class SrdeConfig(PeftConfig):
         default=0.001, metadata={"help": "Weight of the overlap of masks between experts."}
     )
     sparsity_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the mean delta magnitude."})
+    expert_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the routed experts, in order: domains, as a rule; several experts may share one. srde's trainer "
+            "fills them in."
+        },
+    )
+    frozen_experts: list[int] | None = field(
+        default=None, metadata={"help": "Routed experts that are used and never trained."}
+    )
+    disabled_experts: list[int] | None = field(
+        default=None, metadata={"help": "Routed experts that are never chosen and never trained."}
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Only the MLPs of these decoder layers; None means all."}
     )
@@ -121,6 +134,31 @@ class SrdeConfig(PeftConfig):
     def experts_in_all(self) -> int:
         """Routed and shared experts."""
         return self.num_experts + self.num_shared_experts
+
+    def name_of(self, expert: int) -> str:
+        """An expert's name, or its number where it has none."""
+        return self.expert_names[expert] if self.expert_names else str(expert)
+
+    def experts_named(self, name: str | int) -> tuple[int, ...]:
+        """The routed experts that a name or a number means.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if isinstance(name, int) or name.isdecimal():
+            if 0 <= int(name) < self.num_experts:
+                return (int(name),)
+        elif found := tuple(e for e, own in enumerate(self.expert_names or ()) if own == name):
+            return found
+        names = (
+            f", named {', '.join(dict.fromkeys(self.expert_names))}"
+            if self.expert_names
+            else " and have no names"
+        )
+        raise ConfigError.of(
+            "expert", name, rule=f"the adapter's experts are numbered 0 to {self.num_experts - 1}{names}",
+            fix="pass one of these",
+        )  # fmt: skip
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and last the manifest of the adapter's files beside it.
@@ -213,6 +251,7 @@ class SrdeConfig(PeftConfig):
                 "mask_init", self.mask_init, rule="masks are learned over neurons, not over single entries",
                 fix="use granularity='neuron', or mask_init='gradient'",
             )  # fmt: skip
+        self._check_experts()
         layers = self.layers_to_transform
         layers = [layers] if isinstance(layers, int) else layers
         if layers is not None and (
@@ -222,6 +261,31 @@ class SrdeConfig(PeftConfig):
                 "layers_to_transform", self.layers_to_transform,
                 rule="it must be a layer number or a list of them, counted from 0",
                 fix="leave it out for all layers",
+            )  # fmt: skip
+
+    def _check_experts(self) -> None:
+        names = self.expert_names
+        if names is not None and (
+            len(names) != self.num_experts
+            or not all(isinstance(n, str) and n.strip() and not n.isdecimal() for n in names)
+        ):
+            raise ConfigError.of(
+                "expert_names", names,
+                rule=f"each of the {self.num_experts} routed experts has a name, and none is empty or a number",
+                fix="give as many names as experts, or leave them out",
+            )  # fmt: skip
+        for name in ("frozen_experts", "disabled_experts"):
+            experts = getattr(self, name)
+            known = range(self.num_experts)
+            if experts is not None and not all(type(e) is int and e in known for e in experts):
+                raise ConfigError.of(
+                    name, experts, rule=f"routed experts are numbered 0 to {self.num_experts - 1}",
+                    fix="name experts that exist",
+                )  # fmt: skip
+        if len(set(self.disabled_experts or ())) == self.num_experts and not self.null_expert:
+            raise ConfigError.of(
+                "disabled_experts", self.disabled_experts, rule="at least one expert must stay for the routers to choose",
+                fix="leave one enabled; to switch all off, use model.disable_adapter()",
             )  # fmt: skip
 
 

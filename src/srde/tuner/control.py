@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from srde.core import Delta, MlpLayout, Path, Route, Router
+from srde.core import Delta, Mixture, MlpLayout, Path, Route, Router
 from srde.errors import ConfigError, SrdeError, UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Routing:
         self.path: Path | None = None
         self.measure: Callable[[Delta, Router], dict[str, Tensor]] | None = None
         self.hooks: list[RemovableHandle] = []
-        self._forced: Tensor | int | None = None
+        self._forced: Tensor | int | Mixture | None = None
         self._mask: Tensor | None = None
         self._outermost: nn.Module | None = None
         self._records: list[RoutingRecord] = []
@@ -163,6 +163,45 @@ class Routing:
         finally:
             self._forced = before
 
+    @contextmanager
+    def force_mixture(self, weights: Sequence[float]) -> Iterator[None]:
+        """Makes all tokens use one fixed mixture of the routed experts. Shared experts stay on.
+
+        Args:
+            weights: A gate for each routed expert; 0 leaves it out.
+
+        Raises:
+            ConfigError: (in the forward) The number of weights is not the number of experts.
+        """
+        before, self._forced = self._forced, Mixture(tuple(float(weight) for weight in weights))
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    @contextmanager
+    def restrict_experts(self, experts: Iterable[int]) -> Iterator[None]:
+        """Lets the routers of the active adapters choose among these experts only; what is locked already stays so.
+
+        Raises:
+            ConfigError: An expert does not exist, or none is left to choose.
+        """
+        allowed = set(experts)
+        routers = [router for layer in self.layers.values() for router in layer.active_routers()]
+        before = [router.locked for router in routers]
+        try:
+            for router, locked in zip(routers, before, strict=True):
+                if unknown := allowed - set(range(router.num_experts)):
+                    raise ConfigError.of(
+                        "experts", sorted(unknown), rule=f"routed experts are numbered 0 to {router.num_experts - 1}",
+                        fix="name experts that the active adapter has",
+                    )  # fmt: skip
+                router.lock({*locked, *(set(range(router.num_experts)) - allowed)})
+            yield
+        finally:
+            for router, locked in zip(routers, before, strict=True):
+                router.locked = locked
+
     def lock(self, experts: Iterable[int], adapter: str = "default") -> None:
         """Locks exactly these experts of an adapter, in every layer: never chosen, gradient exactly zero.
 
@@ -208,10 +247,10 @@ class Routing:
         for parameter, where, data in self._held:
             parameter.data[where] = data
 
-    def forced_for(self, x: Tensor) -> Tensor | int | None:
+    def forced_for(self, x: Tensor) -> Tensor | int | Mixture | None:
         """The forced experts of the tokens in `x` [..., D]: whatever was given, spread over the tokens."""
         forced = self._forced
-        if forced is None or isinstance(forced, int):
+        if not isinstance(forced, Tensor):
             return forced
         tokens = x.numel() // x.shape[-1]
         if forced.ndim == 1 and len(forced) != tokens and len(forced) and tokens % len(forced) == 0:

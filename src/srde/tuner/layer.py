@@ -77,6 +77,8 @@ class SrdeLayer(_Wrapper):
             temperature=config.router_temperature,
             device=device,
         )
+        self.srde_router[adapter].locked = tuple(sorted(set(config.disabled_experts or ())))
+        self.srde_router[adapter].frozen = tuple(sorted(set(config.frozen_experts or ())))
         delta = DELTAS[config.granularity](
             self.layout.hidden_size,
             self.layout.intermediate_size,
