@@ -31,9 +31,9 @@ FLOORS = [
     {"artifacts", "recipes"},
     {"data"},
     {"tuner"},
-    {"monitor"},
+    {"monitor", "hub"},
     {"train", "infer", "trace"},
-    {"eval", "rl", "speculate", "hub", "plan"},
+    {"eval", "rl", "speculate", "plan"},
     {"quickstart"},
     {"cli"},
 ]

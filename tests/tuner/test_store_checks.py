@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from srde.errors import ArtifactError, UsageError
-from srde.tuner.store import check_base, check_tensors, fingerprint
+from srde.tuner.fingerprint import check_base, fingerprint
+from srde.tuner.store import check_tensors
 from tiny import tiny
 
 TENSORS = "adapter_model.safetensors"

@@ -12,11 +12,9 @@ from srde.core.losses import (
 )
 from srde.core.masks import deal, draft, gradient_scores, magnitude_scores, random_scores
 from srde.core.neuron import NeuronDelta
-from srde.core.routed import choose_path, contract, expand, routed_mlp
+from srde.core.routed import DELTAS, choose_path, contract, expand, routed_mlp
 from srde.core.router import Groups, Mixture, Route, Router
 from srde.core.selector import LearnedSparseSelector, relaxed_top_k
-
-DELTAS: dict[str, type[NeuronDelta] | type[ElementDelta]] = {"neuron": NeuronDelta, "element": ElementDelta}
 
 __all__ = [
     "DELTAS",

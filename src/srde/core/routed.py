@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from srde.core.delta import Delta, Path
 from srde.core.element import ElementDelta
 from srde.core.layout import MlpLayout
+from srde.core.neuron import NeuronDelta
 from srde.core.router import Route
+
+DELTAS: dict[str, type[NeuronDelta] | type[ElementDelta]] = {"neuron": NeuronDelta, "element": ElementDelta}
+"""Granularity -> what holds its deltas."""
 
 # Measured by benchmarks/overhead.py on CPU (SmolLM2, 4 %: 366 saved rows per token): sorting tokens by expert and moving
 # their rows about costs as much as this many rewritten neurons per token in one product of all experts; with gradients,

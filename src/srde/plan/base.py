@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from srde.errors import ConfigError, UnsupportedModelError
-from srde.tuner.loading import auto_class
+from srde.tuner.auto import auto_class
 
 FIELD = "model_name_or_path"
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from srde.errors import ConfigError
+from srde.tuner.names import NamedExperts
 
 Granularity = Literal["neuron", "element"]
 MaskInit = Literal["random", "magnitude", "gradient", "learned"]
@@ -22,7 +23,7 @@ LOSS_COEFS = (
 
 
 @dataclass
-class SrdeConfig(PeftConfig):
+class SrdeConfig(NamedExperts, PeftConfig):
     """Settings of Sparse Routed Delta Experts; pass it to `get_peft_model` or as `peft_config` to a TRL trainer.
 
     Raises:
@@ -134,31 +135,6 @@ class SrdeConfig(PeftConfig):
     def experts_in_all(self) -> int:
         """Routed and shared experts."""
         return self.num_experts + self.num_shared_experts
-
-    def name_of(self, expert: int) -> str:
-        """An expert's name, or its number where it has none."""
-        return self.expert_names[expert] if self.expert_names else str(expert)
-
-    def experts_named(self, name: str | int) -> tuple[int, ...]:
-        """The routed experts that a name or a number means.
-
-        Raises:
-            ConfigError: There is none.
-        """
-        if isinstance(name, int) or name.isdecimal():
-            if 0 <= int(name) < self.num_experts:
-                return (int(name),)
-        elif found := tuple(e for e, own in enumerate(self.expert_names or ()) if own == name):
-            return found
-        names = (
-            f", named {', '.join(dict.fromkeys(self.expert_names))}"
-            if self.expert_names
-            else " and have no names"
-        )
-        raise ConfigError.of(
-            "expert", name, rule=f"the adapter's experts are numbered 0 to {self.num_experts - 1}{names}",
-            fix="pass one of these",
-        )  # fmt: skip
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and last the manifest of the adapter's files beside it.

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from srde.core import Delta, Mixture, MlpLayout, Path, Route, Router
+from srde.core.delta import Delta, Path
+from srde.core.layout import MlpLayout
+from srde.core.router import Mixture, Route, Router
 from srde.errors import ConfigError, SrdeError, UsageError
 
 if TYPE_CHECKING:
-    from srde.tuner.layer import SrdeLayer
+    from srde.tuner.routed_layer import RoutedLayer
 
 
 @dataclass
@@ -107,7 +109,7 @@ class Routing:
 
     def __init__(self, sites: dict[str, MlpLayout]) -> None:
         self.sites = sites
-        self.layers: dict[str, SrdeLayer] = {}
+        self.layers: dict[str, RoutedLayer] = {}
         self.path: Path | None = None
         self.measure: Callable[[Delta, Router], dict[str, Tensor]] | None = None
         self.hooks: list[RemovableHandle] = []
@@ -115,6 +117,15 @@ class Routing:
         self._mask: Tensor | None = None
         self._outermost: nn.Module | None = None
         self._records: list[RoutingRecord] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """Hooks the model, so that routes are known by forward and by padding; `hooks` holds the handles."""
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        for module in {model, decoder}:
+            self.hooks.append(module.register_forward_pre_hook(self.begin, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(self.end, always_call=True))
+        if (head := output_head(model)) is not None:
+            self.hooks.append(head.register_forward_pre_hook(_make_contiguous))
 
     @contextmanager
     def record(self) -> Iterator[RoutingRecord]:
@@ -281,7 +292,7 @@ class Routing:
                 record._complete = True
 
 
-def no_adapter(layers: Iterable[SrdeLayer], adapter: str) -> SrdeError:
+def no_adapter(layers: Iterable[RoutedLayer], adapter: str) -> SrdeError:
     """The error for an adapter's name that no layer has."""
     names = sorted({name for layer in layers for name in layer.srde_experts})
     return UsageError.of(
@@ -298,3 +309,18 @@ class _Both:
     def remove(self) -> None:
         self.first.remove()
         self.second.remove()
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The LM head, if the model has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _make_contiguous(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Pre-hook of the LM head. The last position of [B, S, D] is a slice with gaps; for such an input PyTorch multiplies
+    a *frozen* weight batch-wise, after copying all of it (56 MB a call on a 135M model): `at::native::should_fold`.
+    `contiguous()` would not do: with one position it finds nothing to copy, and the gap stays in the stride."""
+    x = args[0]
+    if x.ndim == 3 and x.stride(0) != x.shape[1] * x.stride(1):
+        return x.clone(memory_format=torch.contiguous_format), *args[1:]
+    return args

@@ -10,10 +10,11 @@ import torch
 
 from srde.data.tokenizers import explained, first_line, load_tokenizer
 from srde.errors import ArtifactError, ConfigError
+from srde.tuner.auto import auto_class, keep_weights_unpacked
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,8 +35,6 @@ def load_base(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from srde.tuner.model import keep_weights_unpacked
-
     if dtype not in DTYPES:
         raise ConfigError.of(
             "dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them"
@@ -49,20 +48,6 @@ def load_base(
         model = auto.from_pretrained(name_or_path, dtype=wanted, **kwargs)
     keep_weights_unpacked(model)  # before anything runs it
     return model
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The class that loads or builds a model: of causal language models; or, where the checkpoint is one of several modalities
-    (Ministral-3), of those, whose text decoder gets the experts. None if Transformers has neither."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
-
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM
-    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
 
 
 def _quantization(kind: str, dtype: str) -> Any:

@@ -12,12 +12,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
 
-from srde.core import MlpLayout, find_mlps
-from srde.errors import ConfigError, UnsupportedModelError, UsageError
+from srde.core import MlpLayout
+from srde.errors import ConfigError, UsageError
+from srde.tuner.auto import keep_weights_unpacked
 from srde.tuner.config import SrdeConfig
 from srde.tuner.control import Routing, no_adapter
+from srde.tuner.fingerprint import check_base, fingerprint
 from srde.tuner.layer import MERGE_REFUSED, SrdeLayer, SrdeLooseDown, SrdeLooseUp
-from srde.tuner.store import check_base, check_tensors, fingerprint
+from srde.tuner.sites import find_sites
+from srde.tuner.store import check_tensors
 
 
 class SrdeModel(BaseTuner):
@@ -44,12 +47,7 @@ class SrdeModel(BaseTuner):
         if not isinstance(routing, Routing):
             keep_weights_unpacked(model)
             routing = Routing(find_sites(model))
-            decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-            for module in {model, decoder}:
-                routing.hooks.append(module.register_forward_pre_hook(routing.begin, with_kwargs=True))
-                routing.hooks.append(module.register_forward_hook(routing.end, always_call=True))
-            if (head := output_head(model)) is not None:
-                routing.hooks.append(head.register_forward_pre_hook(_make_contiguous))
+            routing.watch(model)
             model.srde = routing
         wanted = choose_sites(routing.sites, peft_config)
         self._wanted = {_target_key(name, routing.sites[name]): name for name in wanted}
@@ -162,37 +160,6 @@ class SrdeModel(BaseTuner):
         return model
 
 
-def find_sites(model: nn.Module) -> dict[str, MlpLayout]:
-    """The MLPs that can carry experts. In a model of several modalities, those of the text decoder.
-
-    Raises:
-        UnsupportedModelError: There are none; the message lists what was looked at.
-    """
-    root, prefix = model, ""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config") and config.get_text_config() is not config:
-        root = model.get_decoder()
-        prefix = next(name for name, module in model.named_modules() if module is root) + "."
-    found = find_mlps(root)
-    if not found.layouts:
-        raise UnsupportedModelError(no_mlp_message(model, found.rejected))
-    return {prefix + name if name else prefix.rstrip("."): layout for name, layout in found.layouts.items()}
-
-
-def no_mlp_message(model: nn.Module, rejected: dict[str, str]) -> str:
-    """What was looked at in a model without a usable MLP."""
-    looked = [f"  {name or '(the model itself)'}: {why}" for name, why in list(rejected.items())[:5]]
-    if len(rejected) > 5:
-        looked.append(f"  and {len(rejected) - 5} more")
-    if not looked:
-        kinds = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.children())})
-        looked = [f"  no module whose linear children fit together, among: {', '.join(kinds[:12])}"]
-    return (
-        f"model={type(model).__name__!r}: no MLP of this model can carry experts: one or two D -> F matrices, an "
-        "activation and one F -> D matrix are needed. Looked at:\n" + "\n".join(looked)
-    )
-
-
 def choose_sites(sites: dict[str, MlpLayout], config: SrdeConfig) -> list[str]:
     """The MLPs that an adapter wants, by `target_modules` and `layers_to_transform`.
 
@@ -243,31 +210,6 @@ def merge_gates(config: SrdeConfig, expert: int | None, weights: Sequence[float]
     return torch.cat([routed, torch.ones(config.num_shared_experts)])
 
 
-def keep_weights_unpacked(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights for AVX512-BF16 CPUs.
-
-    With it, a forward in eval mode before training destroys the gradients, and saving can corrupt the base.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The LM head, if the model has one."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def _make_contiguous(_head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Pre-hook of the LM head. The last position of [B, S, D] is a slice with gaps; for such an input PyTorch multiplies
-    a *frozen* weight batch-wise, after copying all of it (56 MB a call on a 135M model): `at::native::should_fold`.
-    `contiguous()` would not do: with one position it finds nothing to copy, and the gap stays in the stride."""
-    x = args[0]
-    if x.ndim == 3 and x.stride(0) != x.shape[1] * x.stride(1):
-        return x.clone(memory_format=torch.contiguous_format), *args[1:]
-    return args
-
-
 def _target_key(name: str, layout: MlpLayout) -> str:
     return f"{name}.{layout.ups[0]}" if layout.loose else name
 
@@ -287,4 +229,4 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
 
 
-__all__ = ["SrdeModel", "choose_sites", "find_sites"]
+__all__ = ["SrdeModel", "choose_sites"]

@@ -1,0 +1,1 @@
+"""Models for others: SaRDinE (base and experts as one model of Transformers), merged experts, model cards."""
