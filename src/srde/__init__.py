@@ -18,12 +18,15 @@ from srde._hook import when_imported
 
 if TYPE_CHECKING:
     from srde.core import LearnedSparseSelector
+    from srde.hub.sardine import SaRDinEConfig, SaRDinEForCausalLM
     from srde.tuner import Routing, RoutingRecord, SrdeConfig, SrdeModel, calibrate_masks
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LearnedSparseSelector": "srde.core",
+    "SaRDinEConfig": "srde.hub.sardine",
+    "SaRDinEForCausalLM": "srde.hub.sardine",
     "SrdeConfig": "srde.tuner",
     "SrdeModel": "srde.tuner",
     "Routing": "srde.tuner",
@@ -35,6 +38,8 @@ __all__ = [
     "LearnedSparseSelector",
     "Routing",
     "RoutingRecord",
+    "SaRDinEConfig",
+    "SaRDinEForCausalLM",
     "SrdeConfig",
     "SrdeModel",
     "__version__",

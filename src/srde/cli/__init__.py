@@ -24,8 +24,12 @@ VERBS = {
     "config": "check and show the settings of a file for srde train",
     "recipes": "list and copy the files of settings that come with srde",
     "monitor": "watch a run: progress, losses, experts, checkpoints, alerts",
-    "eval": "accuracy, loss and routing of base and experts on held-out rows",
-    "generate": "answer a prompt",
+    "eval": "accuracy, loss and routing of base and experts on held-out rows, or on tasks of lm-eval",
+    "generate": "answer prompts",
+    "chat": "talk with experts, turn by turn",
+    "experts": "list, add, freeze, disable, replace and compare experts",
+    "export": "write a model for others: SaRDinE, or a plain model with one expert merged",
+    "import": "make an adapter of an old srde_weights.pt",
     "plan": "parameters, memory, FLOPs and disk before anything is loaded",
 }
 """Verb -> what it does. The module `srde.cli.<verb>` has `main(argv) -> int`; `eval` and friends import their back ends."""

@@ -68,7 +68,8 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ("srde_experts", "srde_router")
+    # patterns of names; not the whole of `srde_experts`, or the positions would become numbers with a point
+    _keep_in_fp32_modules_strict = (r"srde_experts\.[^.]+\.values", r"srde_router\.[^.]+\.weight")
 
     def __init__(self, config: SaRDinEConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)

@@ -1,0 +1,309 @@
+"""The SaRDinE model: the adapter's logits, whatever way it is saved and loaded."""
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from adapters import adapted, tokens
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from srde import SaRDinEConfig, SaRDinEForCausalLM, SrdeConfig
+from srde.errors import ArtifactError, UsageError
+from srde.hub.convert import from_adapter
+from tiny import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+IDS = tokens()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def generated(model, **options):
+    model.generation_config.pad_token_id = 0
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    return model.generate(IDS, attention_mask=mask, max_new_tokens=6, do_sample=False, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A SaRDinE folder with the base inside, and the logits of the adapter that it was made of."""
+    model = adapted()
+    before = logits(model)
+    from_adapter(model).save_pretrained(tmp_path / "made")
+    return tmp_path / "made", before
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma3_text", "phi3", "gpt2", "opt"])
+def test_saved_and_loaded_it_is_the_adapter_to_the_bit(kind, tmp_path):
+    model = adapted(kind)
+    before, text = logits(model), generated(model)
+    made = from_adapter(model)
+    assert torch.equal(logits(made), before)
+    made.save_pretrained(tmp_path)
+    read = SaRDinEForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(read), before)
+    assert torch.equal(generated(read), text)
+    assert torch.equal(generated(read, use_cache=False), text)
+    assert not any(p.requires_grad for p in read.parameters()) and not read.training
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"granularity": "element"},
+        {"null_expert": True, "num_shared_experts": 2},
+        {"layers_to_transform": 1, "router_temperature": 1.7},
+        {"disabled_experts": [1], "frozen_experts": [0], "expert_names": ["math", "logic", "math", "code"]},
+        {"top_k": 4, "target_sparsity": 0.2, "initial_sparsity": 0.2},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_kind_of_expert(settings, tmp_path):
+    model = adapted(**settings)
+    before = logits(model)
+    from_adapter(model).save_pretrained(tmp_path)
+    read = SaRDinEForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(read), before)
+    if names := settings.get("expert_names"):
+        assert read.config.expert_names == names and read.config.experts_named("math") == (0, 2)
+        assert all(
+            r.locked == (1,) and r.frozen == (0,)
+            for layer in read.srde.layers.values()
+            for r in layer.active_routers()
+        )
+
+
+def test_switched_off_it_is_the_base_and_experts_can_be_forced(folder):
+    read = SaRDinEForCausalLM.from_pretrained(folder[0])
+    with read.disable_adapter():
+        assert torch.equal(logits(read), logits(tiny().eval()))
+    model = adapted()
+    for expert in (0, 3):
+        with read.srde.force_experts(expert), model.srde.force_experts(expert):
+            assert torch.equal(logits(read), logits(model))
+    with read.srde.record() as record:
+        logits(read)
+    assert record.load().shape == (2, 4)
+    assert torch.equal(logits(read), folder[1])
+
+
+def test_in_bfloat16_the_experts_stay_float32(folder, tmp_path):
+    read = SaRDinEForCausalLM.from_pretrained(folder[0], dtype=torch.bfloat16)
+    kinds = {name: t.dtype for name, t in read.state_dict().items()}
+    experts = {kind for name, kind in kinds.items() if ".srde_" in name}
+    assert experts == {torch.float32, torch.int64} and {
+        kinds[n] for n in kinds.keys() - read.expert_tensors()
+    } == {torch.bfloat16}
+    tiny().save_pretrained(tmp_path / "base")
+    adapted().save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    assert torch.equal(logits(read), logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()))
+
+
+def test_sharded_and_saved_again(folder, tmp_path):
+    read = SaRDinEForCausalLM.from_pretrained(folder[0])
+    read.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
+    assert torch.equal(logits(SaRDinEForCausalLM.from_pretrained(tmp_path / "again")), folder[1])
+    assert (tmp_path / "again/modeling_sardine.py").read_text() == (
+        folder[0] / "modeling_sardine.py"
+    ).read_text()
+
+
+def test_the_auto_classes_know_it(folder):
+    assert type(AutoConfig.from_pretrained(folder[0])) is SaRDinEConfig
+    read = AutoModelForCausalLM.from_pretrained(
+        folder[0]
+    )  # without trust_remote_code: the class is the library's
+    assert type(read) is SaRDinEForCausalLM and torch.equal(logits(read), folder[1])
+
+
+def test_the_configuration_answers_for_the_base(folder):
+    config = SaRDinEConfig.from_pretrained(folder[0])
+    assert config.get_text_config().model_type == "llama"
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (64, 32, 2)
+    assert config.mlps == {f"model.layers.{n}.mlp": 0 for n in range(2)} and len(config.layouts) == 1
+    assert SaRDinEConfig(num_experts=3).num_experts_per_tok == 2
+
+
+def test_a_new_model_has_zero_experts():
+    config = SaRDinEConfig(base_config=tiny().config.to_dict(), num_experts=4, sparsity=0.1)
+    made = SaRDinEForCausalLM(config).eval()
+    before = logits(made)
+    with made.disable_adapter():
+        assert torch.equal(logits(made), before)
+    delta = made.srde.layers["model.layers.0.mlp"].srde_experts["default"]
+    assert delta.disjoint() and delta.index.shape == (4, 4)
+
+
+# ---- the base elsewhere -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A folder of experts alone, their base, and the logits."""
+    tiny().save_pretrained(tmp_path / "base")
+    model = adapted()
+    before = logits(model)
+    made = from_adapter(model, base_inside=False, base_name=str(tmp_path / "base"))
+    made.save_pretrained(tmp_path / "made")
+    return tmp_path, before
+
+
+def test_without_the_base_it_is_loaded_from_where_it_is(alone):
+    folder, before = alone
+    size = sum(file.stat().st_size for file in (folder / "made").glob("*.safetensors"))
+    assert size < 0.5 * (folder / "base/model.safetensors").stat().st_size
+    read = SaRDinEForCausalLM.from_pretrained(folder / "made")
+    assert torch.equal(logits(read), before)
+    read.save_pretrained(folder / "again", max_shard_size="2KB")
+    assert len(list((folder / "again").glob("*.safetensors"))) > 1
+    (folder / "base").rename(folder / "moved")
+    with pytest.raises(OSError, match="base"):
+        SaRDinEForCausalLM.from_pretrained(folder / "again")
+    moved = SaRDinEForCausalLM.from_pretrained(
+        folder / "again", base_model_name_or_path=str(folder / "moved")
+    )
+    assert torch.equal(logits(moved), before)
+    half = SaRDinEForCausalLM.from_pretrained(
+        folder / "again", base_model_name_or_path=str(folder / "moved"), dtype=torch.bfloat16
+    )
+    assert half.dtype == torch.bfloat16 and {t.dtype for t in half.expert_tensors().values()} == {
+        torch.float32,
+        torch.int64,
+    }
+
+
+def test_the_base_can_be_taken_in_later(alone):
+    folder, before = alone
+    read = SaRDinEForCausalLM.from_pretrained(folder / "made")
+    read.config.base_inside = True
+    read.save_pretrained(folder / "whole")
+    (folder / "base").rename(folder / "gone")
+    assert torch.equal(logits(SaRDinEForCausalLM.from_pretrained(folder / "whole")), before)
+
+
+def test_another_base_is_refused(alone):
+    folder, _ = alone
+    tiny(seed=5).save_pretrained(folder / "other")
+    with pytest.raises(ArtifactError, match="trained on other weights"):
+        SaRDinEForCausalLM.from_pretrained(folder / "made", base_model_name_or_path=str(folder / "other"))
+
+
+def test_experts_that_name_no_base_are_refused(alone):
+    config = SaRDinEConfig.from_pretrained(alone[0] / "made")
+    config.base_model_name_or_path = None
+    with pytest.raises(ArtifactError, match="base_model_name_or_path"):
+        SaRDinEForCausalLM.from_pretrained(alone[0] / "made", config=config)
+
+
+# ---- damaged and unfit --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])
+def test_tensors_that_do_not_fit_are_refused(alone, folder, inside, damage):
+    from safetensors.torch import load_file, save_file
+
+    place = folder[0] if inside else alone[0] / "made"
+    tensors = load_file(place / "model.safetensors")
+    name = "base.model.layers.1.mlp.srde_experts.default.values"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "unknown":
+        tensors[name.replace("layers.1", "layers.7")] = torch.zeros(1)
+    else:
+        tensors[name] = tensors[name][:, :, :1].contiguous()
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ArtifactError, RuntimeError), match=damage if damage != "shape" else "shape|size"):
+        SaRDinEForCausalLM.from_pretrained(place)
+
+
+def test_what_cannot_be_one_model_is_refused():
+    with pytest.raises(UsageError, match="no srde adapter"):
+        from_adapter(tiny())
+    with pytest.raises(UsageError, match="modules_to_save"):
+        from_adapter(get_peft_model(tiny(), SrdeConfig(modules_to_save=["lm_head"])))
+    with pytest.raises(UsageError, match="no such srde adapter"):
+        from_adapter(adapted(), "other")
+
+
+# ---- where and how the base lies ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_layers_on_disk(inside, granularity, tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    model = adapted(granularity=granularity)
+    before = logits(model)
+    from_adapter(model, base_inside=inside, base_name=str(tmp_path / "base")).save_pretrained(
+        tmp_path / "made"
+    )
+    prefix = "base.model" if inside else "model"
+    places = {f"{prefix}.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb", "layers.0")}
+    places |= {f"{prefix}.layers.1": "disk", prefix.removesuffix("model") + "lm_head": "cpu"}
+    read = SaRDinEForCausalLM.from_pretrained(
+        tmp_path / "made", device_map=places, offload_folder=tmp_path / "off"
+    )
+    assert any(p.is_meta for p in read.parameters())
+    assert torch.equal(logits(read), before)
+    assert torch.equal(generated(read), generated(adapted(granularity=granularity)))
+    assert read.hf_device_map["base.model.layers.1"] == "disk"
+
+
+def test_device_map_auto(folder):
+    assert torch.equal(logits(SaRDinEForCausalLM.from_pretrained(folder[0], device_map="auto")), folder[1])
+
+
+def test_deltas_that_are_offloaded_come_back_for_the_layer_that_is_not_a_block(tmp_path):
+    model = from_adapter(adapted("opt"))
+    before = logits(model)
+    names = {name.split(".layers.")[0] for name in model.srde.layers}
+    (root,) = names
+    places = {"": "cpu"} | {f"base.{root}.layers.1": "disk"}
+    model = dispatch_model(model, places, offload_dir=str(tmp_path), main_device="cpu")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.quant
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_quantised_base(inside, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    tiny().save_pretrained(tmp_path / "base")
+    model = adapted()
+    before = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    from_adapter(model, base_inside=inside, base_name=str(tmp_path / "base")).save_pretrained(
+        tmp_path / "made"
+    )
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    read = SaRDinEForCausalLM.from_pretrained(tmp_path / "made", quantization_config=nf4, dtype=torch.float32)
+    block = read.srde.layers["model.layers.0.mlp"]
+    assert (
+        type(block.base_layer.gate_proj).__name__ == "Linear4bit"
+        and block.srde_experts["default"].values.dtype == torch.float32
+    )
+    with read.disable_adapter():
+        own = (logits(read) - plain).abs().max()  # the base's own error
+    assert 0 < (logits(read) - before).abs().max() < 3 * own
+    assert generated(read).shape == (2, IDS.shape[1] + 6)
+
+
+@pytest.mark.quant
+def test_an_int8_base(folder):
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    read = SaRDinEForCausalLM.from_pretrained(
+        folder[0], quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.float32
+    )
+    assert 0 < (logits(read) - folder[1]).abs().max() < 0.1
