@@ -14,6 +14,9 @@ from srde.tuner.control import no_adapter
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_LEFT_OUT = ("_name_or_path", "transformers_version")
+"""Of the base's configuration: where it lies on this machine, and what the whole says for itself."""
+
 
 def from_adapter(
     model: PeftModel, adapter: str = "default", *, base_inside: bool = True, base_name: str | None = None
@@ -63,7 +66,7 @@ def from_adapter(
     base = tuner.unload()
     made = SaRDinEForCausalLM(
         SaRDinEConfig(
-            base_config=base.config.to_dict(),
+            base_config={k: v for k, v in base.config.to_dict().items() if k not in _LEFT_OUT},
             base_model_name_or_path=base_name or config.base_model_name_or_path,
             base_inside=base_inside,
             num_experts=config.num_experts,
