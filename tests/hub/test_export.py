@@ -1,6 +1,7 @@
 """`srde export`: SaRDinE folders and merged models, whole or not at all."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from srde import SaRDinEForCausalLM, SrdeConfig
 from srde.artifacts import verify
 from srde.cli import main
 from srde.errors import ArtifactError, ConfigError
-from srde.hub.export import Source, export_sardine
+from srde.hub.export import Source, export_merged, export_sardine
 from srde.hub.merged import BOUNDS, merge, read_mixture
 from srde.tuner.loading import load_adapter, load_base
 from srde.tuner.store import save_adapter
@@ -240,3 +241,78 @@ def test_mixtures_are_read_by_name_and_number():
     config = SrdeConfig(num_experts=4, expert_names=NAMES)
     assert read_mixture(config, "math=0.5, 1=2") == [0.25, 2.0, 0.25, 0.0]
     assert read_mixture(config, "0=0.5,math=1") == [1.0, 0.0, 0.5, 0.0]
+
+
+CONVERTER = """
+import sys, pathlib
+folder, _, out, _, kind = sys.argv[1:]
+assert (pathlib.Path(folder) / "model.safetensors").is_file() and (pathlib.Path(folder) / "tokenizer.json").is_file()
+if kind == "f16":
+    sys.exit("it knows no such architecture")
+pathlib.Path(out).write_text(kind)
+"""
+
+
+def test_gguf_goes_through_llama_cpp_s_converter(place, tmp_path, capsys):
+    argv = (
+        "--adapter",
+        place / "adapter",
+        "--output_dir",
+        tmp_path / "out",
+        "--format",
+        "merged",
+        "--expert",
+        "0",
+    )
+    assert run(*argv, "--gguf", "q8_0", "--llama_cpp", tmp_path / "llama") == 1
+    assert "it must be a folder with llama.cpp's convert_hf_to_gguf.py" in capsys.readouterr().err
+    script = (
+        tmp_path / "llama/vendor/llama.cpp/convert_hf_to_gguf.py"
+    )  # as in llama-cpp-python's source package
+    script.parent.mkdir(parents=True)
+    script.write_text(CONVERTER)
+    assert run(*argv, "--gguf", "f16", "--llama_cpp", tmp_path / "llama") == 1
+    assert (
+        "did not write it (it knows no such architecture)" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
+    assert run(*argv, "--gguf", "q7", "--llama_cpp", tmp_path / "llama") == 1
+    assert run(*argv, "--gguf", "q8_0", "--llama_cpp", tmp_path / "llama") == 0
+    assert (tmp_path / "out/model-q8_0.gguf").read_text() == "q8_0"
+    assert "model-q8_0.gguf" in {entry.file for entry in verify(tmp_path / "out").files}
+
+
+@pytest.mark.slow
+def test_llama_cpp_says_what_the_merged_model_says(smollm2, tmp_path):
+    """Needs llama-cpp-python, and in SRDE_LLAMA_CPP its unpacked source, which has the converter."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    if not (source := os.environ.get("SRDE_LLAMA_CPP")):
+        pytest.skip("SRDE_LLAMA_CPP does not name the source of llama.cpp")
+    config = SrdeConfig(num_experts=2, target_sparsity=0.02, mask_init="random", task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(str(smollm2)), config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".values" in name:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(Source(str(tmp_path / "adapter")), tmp_path / "out", expert=1, gguf="f32", llama_cpp=source)
+    engine = llama_cpp.Llama(str(tmp_path / "out/model-f32.gguf"), n_ctx=256, verbose=False)
+    plain, tokenizer = (
+        load_base(str(tmp_path / "out"), "float32"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    for question in ("What is 17 + 25?", "Name a colour.", "What is the capital of France?"):
+        turns = [{"role": "user", "content": question}]
+        got = engine.create_chat_completion(turns, temperature=0, max_tokens=16)["choices"][0]["message"][
+            "content"
+        ]
+        inputs = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = plain.generate(
+            **inputs, max_new_tokens=16, do_sample=False, temperature=None, top_p=None, top_k=None
+        )
+        assert (
+            got.strip()
+            == tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        )

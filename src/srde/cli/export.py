@@ -25,6 +25,15 @@ def main(argv: list[str]) -> int:
         help="merged: refuse a model whose logits differ from the adapter's by more (default: by the weights' type)",
     )
     parser.add_argument(
+        "--gguf",
+        metavar="TYPE",
+        help="merged: also as GGUF, with numbers of type f32, f16, bf16, q8_0 or auto",
+    )
+    parser.add_argument(
+        "--llama_cpp",
+        help="merged: folder of llama.cpp, or of the unpacked source of llama-cpp-python, for --gguf",
+    )
+    parser.add_argument(
         "--without_base",
         action="store_true",
         help="sardine: leave the base's weights out; they are loaded from where they are",
@@ -53,6 +62,8 @@ def main(argv: list[str]) -> int:
         "expert": args.expert,
         "weights": args.weights,
         "max_logit_difference": args.max_logit_difference,
+        "gguf": args.gguf,
+        "llama_cpp": args.llama_cpp,
     }
     of_sardine = {"without_base": args.without_base or None, "eval_results": args.eval_results}
     for name, value in (of_merged if args.format == "sardine" else of_sardine).items():
@@ -83,6 +94,8 @@ def main(argv: list[str]) -> int:
             weights=args.weights,
             bound=args.max_logit_difference,
             max_shard_size=args.max_shard_size,
+            gguf=args.gguf,
+            llama_cpp=args.llama_cpp,
         )
         print(f"{parity}\nmerged model: {folder}")
     if args.push_to_hub:

@@ -11,6 +11,7 @@ from srde.artifacts import atomic_folder
 from srde.errors import ConfigError
 from srde.hub.card import is_hub_id, merged_card, sardine_card, shown_name
 from srde.hub.convert import from_adapter
+from srde.hub.gguf import TYPES, find_converter, to_gguf
 from srde.hub.merged import Parity, merge, read_mixture
 from srde.hub.modeling_sardine import SHARD_SIZE
 from srde.tuner.loading import load_adapter
@@ -92,6 +93,8 @@ def export_merged(
     weights: str | None = None,
     bound: float | None = None,
     max_shard_size: str = SHARD_SIZE,
+    gguf: str | None = None,
+    llama_cpp: str | Path | None = None,
 ) -> tuple[Path, Parity]:
     """Writes a plain model with one expert, or a fixed mixture, folded in.
 
@@ -102,6 +105,8 @@ def export_merged(
         weights: A mixture instead, as in ``math=0.7,code=0.3``.
         bound: Largest difference of a logit to let through; see `srde.hub.merged.BOUNDS`.
         max_shard_size: Largest file of tensors.
+        gguf: Also writes `model-<type>.gguf` with numbers of this type; see `srde.hub.gguf`.
+        llama_cpp: Where llama.cpp's converter is, for that.
 
     Returns:
         The folder, and how near the model is to the adapter with its routing fixed.
@@ -115,6 +120,11 @@ def export_merged(
             "expert and weights", f"{expert}, {weights}", rule="a merged model folds in one expert or one mixture",
             fix="pass --expert math, or --weights math=0.7,code=0.3",
         )  # fmt: skip
+    if gguf is not None and gguf not in TYPES:
+        raise ConfigError.of(
+            "gguf", gguf, rule=f"it must be one of {', '.join(TYPES)}", fix="pick one of them"
+        )
+    converter = None if gguf is None else find_converter(llama_cpp or ".")
     output_dir = Path(output_dir)
     model, tokenizer = load_adapter(source.adapter, source.dtype, source.base)
     config = model.peft_config["default"]
@@ -135,6 +145,8 @@ def export_merged(
     with atomic_folder(output_dir, {"kind": "merged"}, expected_bytes=needed + SLACK) as folder:
         plain.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+        if converter is not None and gguf is not None:
+            to_gguf(folder, folder / f"model-{gguf}.gguf", converter, gguf)
         name = source.base_name or config.base_model_name_or_path or source.base
         card = merged_card(
             source.title or output_dir.resolve().name, name, what, str(parity), source.license_id
