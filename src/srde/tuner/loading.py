@@ -80,7 +80,7 @@ def _quantization(kind: str, dtype: str) -> Any:
 
 
 def load_adapter(
-    adapter: str, dtype: str = "auto", base: str | None = None
+    adapter: str, dtype: str = "auto", base: str | None = None, *, quantization: str = "none"
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Loads an adapter on its base, in evaluation mode, and the tokenizer (the adapter's own, or else the base's).
 
@@ -88,6 +88,7 @@ def load_adapter(
         adapter: A folder that `srde train` or `save_pretrained` wrote, or a hub id.
         dtype: As in `load_base`.
         base: Another place to load the same base from.
+        quantization: As in `load_base`.
 
     Raises:
         ArtifactError: There is no adapter, it is damaged, or made for another base.
@@ -122,6 +123,6 @@ def load_adapter(
             rule="its adapter_config.json names no base model",
             fix="name the base with --model_name_or_path",
         )
-    model = PeftModel.from_pretrained(load_base(name, dtype), adapter)
+    model = PeftModel.from_pretrained(load_base(name, dtype, quantization=quantization), adapter)
     own = (Path(adapter) / "tokenizer_config.json").is_file()
     return model.eval(), load_tokenizer(adapter if own else name)

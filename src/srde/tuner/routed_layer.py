@@ -135,13 +135,11 @@ class RoutedLayer(StandsFor):
     def in_memory(self) -> AbstractContextManager[None]:
         """Brings deltas and routers here while the context is open, where Accelerate has offloaded them: it does that in hooks
         of modules that are called, and these are not."""
-        hooked = [
-            module
-            for parts in (self.srde_experts, self.srde_router)
-            for module in parts.children()
-            if "_hf_hook" in module.__dict__
-        ]
-        return _loaded(hooked) if hooked else _NOTHING
+        for router in self.srde_router._modules.values():  # not `.values()`: this is asked at every token
+            if router is not None and router._parameters["weight"].is_meta:  # type: ignore[union-attr]
+                parts = [*self.srde_experts.children(), *self.srde_router.children()]
+                return _loaded([module for module in parts if "_hf_hook" in module.__dict__])
+        return _NOTHING
 
     def try_layout(self) -> None:
         """Confirms the layout by a trial run, if that has not been done when the weights were not there yet.
