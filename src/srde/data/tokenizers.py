@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from srde.errors import ConfigError
+from srde.errors import ConfigError, SrdeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ class explained:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, OSError | ValueError | json.JSONDecodeError) and not isinstance(
-            error, ConfigError
+            error, SrdeError
         ):
             raise ConfigError.of(
                 self.thing, self.value, rule=f"it must be a folder or a hub id of a causal language model ({first_line(error)})",

@@ -40,7 +40,7 @@ def load_base(
             "dtype", dtype, rule=f"it must be one of {', '.join(DTYPES)}", fix="pick one of them"
         )
     if quantization != "none":
-        kwargs["quantization_config"] = _quantization(quantization, dtype)
+        kwargs["quantization_config"] = quantization_config(quantization, dtype)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     with explained("model_name_or_path", name_or_path):
         # a model that neither has gets the words of the first
@@ -50,7 +50,7 @@ def load_base(
     return model
 
 
-def _quantization(kind: str, dtype: str) -> Any:
+def quantization_config(kind: str, dtype: str) -> Any:
     """Transformers' configuration for a kind of quantisation.
 
     Raises:
