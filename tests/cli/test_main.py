@@ -8,6 +8,7 @@ import pytest
 
 from srde.cli import VERBS, main
 from srde.cli.data import VERBS as DATA_VERBS
+from srde.cli.experts import VERBS as EXPERTS_VERBS
 from srde.data.quickstart import build_quickstart
 from tiny import save_tiny
 
@@ -33,7 +34,11 @@ def test_an_unknown_verb_gets_the_nearest(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    [*([verb] for verb in VERBS if verb != "data"), *(["data", verb] for verb in DATA_VERBS)],
+    [
+        *([verb] for verb in VERBS if verb not in ("data", "experts")),
+        *(["data", verb] for verb in DATA_VERBS),
+        *(["experts", verb] for verb in EXPERTS_VERBS),
+    ],
     ids="-".join,
 )
 def test_every_verb_has_help(verb, capsys):
@@ -108,7 +113,7 @@ def test_eval_compares_with_the_base_and_writes_the_report(trained, capsys, tmp_
     assert main([*argv, "--compare_baseline", "--output_dir", str(tmp_path), "--max_new_tokens", "4"]) == 0
     assert "base" in capsys.readouterr().out
     results = json.loads((tmp_path / "eval_results.json").read_text())
-    assert set(results) == {"srde", "base"} and len(results["base"]["domains"]) == 6
+    assert {"srde", "base", "difference"} <= set(results) and len(results["base"]["domains"]) == 6
     assert (tmp_path / "plots/routing.png").is_file()
 
 

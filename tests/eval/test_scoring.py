@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from srde.data.rows import to_row
 from srde.errors import UsageError
-from srde.eval.scoring import is_scorable, score, stated_answer
+from srde.eval.scoring import is_asked, is_scorable, score, score_row, stated_answer
 
 # (prediction, answer, right?)
 NUMBERS = [
@@ -175,7 +176,64 @@ def test_reasoning_gym_tasks_score_their_own_answers():
     assert score("reasoning_gym", "down right", "right down", square) == 1.0
 
 
-@pytest.mark.parametrize("kind", ["plan", "code", "essay"])
+SETS = [
+    ("The answer is red, green and blue.", ["blue", "red", "green"], True),
+    ("red, green, blue", ["red", "green", "blue"], True),
+    ("The items are:\n- Red\n- green\n* blue\n\nThese are all.", ["red", "green", "blue"], True),
+    ("1. red\n2. blue", ["blue", "red"], True),
+    ("Answer: {red; blue; red}", ["red", "blue"], True),
+    ("['red', \"blue\"]", ["red", "blue"], True),
+    ("salt and pepper, oil", ["oil", "salt and pepper"], True),
+    ("red, blue, and green", ["red", "green", "blue"], True),
+    ("red", ["red"], True),
+    ("red", "red", True),
+    ("red, blue", ["red"], False),
+    ("red", ["red", "blue"], False),
+    ("redblue", ["red", "blue"], False),
+    ("", ["red"], False),
+]
+
+
+@pytest.mark.parametrize(("text", "answer", "right"), SETS, ids=[f"{one[0][:30]!r}" for one in SETS])
+def test_a_set_is_its_items_in_any_order(text, answer, right):
+    assert score("set", text, answer, {}) == float(right)
+
+
+PLAN = """I have a set of blocks. Here are the actions: pick up, unstack, put down, stack.
+As initial conditions I have that, the red block is clear, the hand is empty and the red block is on the table."""
+
+
+def test_a_plan_is_scored_by_its_back_end_with_the_question(monkeypatch):
+    from srde.eval import blocksworld
+
+    seen = []
+    monkeypatch.setattr(blocksworld, "score_plan", lambda *given: seen.append(given) or True)
+    row = to_row({"prompt": PLAN, "response": "plan", "kind": "plan", "answer": "gold"}, "f", 1)
+    assert is_asked(row) and score_row(row, "my plan") == (1.0, "")
+    assert seen == [("my plan", PLAN, "gold")]
+
+
+def test_a_program_is_run_only_with_leave(monkeypatch):
+    from srde.eval import contained
+
+    seen = []
+    monkeypatch.setattr(
+        contained, "score_code", lambda *given, **how: seen.append((given, how)) or (False, "wrong")
+    )
+    row = to_row({"prompt": "p", "response": "r", "kind": "code", "tests": "assert f()"}, "f", 1)
+    assert not is_asked(row) and is_asked(row, confirm_run_unsafe_code=True)
+    assert score_row(row, "def f(): 0", confirm_run_unsafe_code=True) == (0.0, "wrong")
+    assert seen == [(("def f(): 0", row), {"confirm_run_unsafe_code": True})]
+
+
+def test_what_is_not_asked():
+    assert not is_asked(to_row({"text": "plain", "kind": "number", "answer": 1}, "f", 1))
+    assert not is_asked(to_row({"prompt": "p", "response": "r", "kind": "number"}, "f", 1))
+    assert not is_asked(to_row({"prompt": "p", "response": "r", "answer": "a"}, "f", 1))
+    assert is_asked(to_row({"prompt": "p", "response": "r", "kind": "number", "answer": 1}, "f", 1))
+
+
+@pytest.mark.parametrize("kind", ["code", "essay"])
 def test_a_kind_without_a_scorer_is_said_and_refused(kind):
     assert not is_scorable(kind)
     with pytest.raises(UsageError, match=rf"kind='{kind}': has no scorer .* Ask is_scorable"):
@@ -204,8 +262,8 @@ def test_the_shared_data_scores_its_own_responses_as_right():
     scored = 0
     for path in files:
         for line in path.read_bytes().splitlines():
-            row = json.loads(line)
-            if is_scorable(row["kind"]):
-                assert score(row["kind"], row["response"], row["answer"], row) == 1.0, row["id"]
+            row = to_row(json.loads(line), path.name, 1)
+            if is_asked(row):
+                assert score_row(row, row.response)[0] == 1.0, row.id
                 scored += 1
     assert scored > 10_000

@@ -388,6 +388,27 @@ def test_a_run_goes_on_from_a_checkpoint_unless_something_else_is_asked_for(runs
     assert [e["step"] for e in other.read("events.jsonl") if e["event"] == "resumed"] == [3, 6]
 
 
+@shows("init_adapter", "train_experts", "train_router_only")
+def test_a_run_goes_on_from_an_adapter(runs):
+    """In full: test_life_cycle.py."""
+    old = runs("--supervised_experts")
+    more = (
+        f"--init_adapter {old.out} --initial_sparsity 0.1"  # what `PLAIN` says of the start is not true of it
+    )
+    whole = runs(more)
+    assert whole.read("adapter_config.json")["sparsity"] == 0.1
+    assert torch.equal(whole.tensor("index"), old.tensor("index"))
+    one, routers = runs(f"{more} --train_experts math"), runs(f"{more} --train_router_only")
+    for run, moved, rows in (
+        (whole, [True] * 3, [True] * 3),
+        (one, [True, False, False], [True, False, False]),
+    ):
+        assert (run.tensor("values") != old.tensor("values")).any(0).flatten(1).any(1).tolist() == moved
+        assert (run.tensor("weight") != old.tensor("weight")).any(1).tolist() == rows
+    assert torch.equal(routers.tensor("values"), old.tensor("values"))
+    assert (routers.tensor("weight") != old.tensor("weight")).any()
+
+
 @shows("webhook_url", "webhook_allow_private")
 def test_notifications_go_to_the_address_given(runs, tmp_path):
     short = ["--max_steps", "1", "--mask_init", "random"]

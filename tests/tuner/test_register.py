@@ -82,6 +82,8 @@ def test_the_public_names():
         "LearnedSparseSelector",
         "Routing",
         "RoutingRecord",
+        "SaRDinEConfig",
+        "SaRDinEForCausalLM",
         "SrdeConfig",
         "SrdeModel",
         "__version__",

@@ -67,20 +67,21 @@ class NeuronDelta(Delta):
             return self._expand_grouped(pre, x_TD, route)
         if (lone := route.lone_experts) is not None:
             return self._expand_lone(pre, x_TD, route, *lone)
-        weight, index_TN, gate_TN = self._rows(x_TD, route, slice(0, -1))
+        weight, index_N, gate_TN = self._rows(x_TD, route, slice(0, -1))
         v_TMN = F.linear(x_TD.to(weight.dtype), weight.reshape(-1, self.hidden_size))
-        v_TMN = v_TMN.view(len(x_TD), self.num_matrices - 1, self.index.numel())
+        v_TMN = v_TMN.view(len(x_TD), self.num_matrices - 1, len(index_N))
         v_TMN = v_TMN.mul_(gate_TN.unsqueeze(1)) if may_write(v_TMN) else v_TMN * gate_TN.unsqueeze(1)
         v_TMN = v_TMN.to(pre[0].dtype)
-        return [self._add_at(a_TF, index_TN, v_TMN[:, m]) for m, a_TF in enumerate(pre)]
+        return [self._add_at(a_TF, index_N, v_TMN[:, m]) for m, a_TF in enumerate(pre)]
 
-    def _add_at(self, a_TF: Tensor, index_TN: Tensor, v_TN: Tensor) -> Tensor:
+    def _add_at(self, a_TF: Tensor, index_N: Tensor, v_TN: Tensor) -> Tensor:
         """Adds columns; where no gradient is recorded, in place."""
+        index_TN = index_N.expand(len(a_TF), -1)
         if not may_write(a_TF):
             return a_TF.scatter_add(1, index_TN, v_TN)
         if not torch.compiler.is_compiling() and self.disjoint():
             # a scatter_add in bf16 works on a float32 copy of all of `a_TF`; this does not
-            return a_TF.index_copy_(1, self.index.view(-1), a_TF.gather(1, index_TN).add_(v_TN))
+            return a_TF.index_copy_(1, index_N, a_TF.gather(1, index_TN).add_(v_TN))
         return a_TF.scatter_add_(1, index_TN, v_TN)
 
     def contract(self, y_TD: Tensor, h_TF: Tensor, route: Route, path: Path) -> Tensor:
@@ -88,21 +89,25 @@ class NeuronDelta(Delta):
             return self._contract_grouped(y_TD, h_TF, route)
         if route.lone:
             return self._contract_lone(y_TD, h_TF, route)
-        weight, index_TN, gate_TN = self._rows(h_TF, route, slice(-1, None))
+        weight, index_N, gate_TN = self._rows(h_TF, route, slice(-1, None))
         # gather, not h[:, index]: its backward is a parallel scatter, that of indexing walks column by column
-        h_TN = h_TF.gather(1, index_TN).to(weight.dtype) * gate_TN
+        h_TN = h_TF.gather(1, index_N.expand(len(h_TF), -1)).to(weight.dtype) * gate_TN
         return torch.addmm(y_TD.to(weight.dtype), h_TN, weight.reshape(-1, self.hidden_size)).to(y_TD.dtype)
 
     def _rows(self, activations: Tensor, route: Route, matrices: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """What the masked path multiplies: values [matrices, E, R, D], their neurons [T, E*R] and gates [T, E*R]."""
+        """What the masked path multiplies, of the open experts: values [matrices, E, R, D], their neurons [E*R], gates [T, E*R]."""
         values, dtype = self.values[matrices], activations.dtype
+        if route.open_E is not None:
+            values = values.index_select(1, route.open_E)
         if len(activations) < CAST_TOKENS and not autocasts(activations):
             dtype = torch.promote_types(values.dtype, dtype)
         if route.rows is None:
-            gate_TN = gates_to(route.gate_TE, dtype).repeat_interleave(self.index.shape[1], dim=1)
-            route.rows = self.index.view(1, -1).expand(len(activations), -1), gate_TN
-        index_TN, gate_TN = route.rows
-        return values.to(dtype), index_TN, gates_to(gate_TN, dtype)
+            gate_TE, index = route.gate_TE, self.index
+            if route.open_E is not None:
+                gate_TE, index = gate_TE.index_select(1, route.open_E), index.index_select(0, route.open_E)
+            route.rows = index.view(-1), gates_to(gate_TE, dtype).repeat_interleave(index.shape[1], dim=1)
+        index_N, gate_TN = route.rows
+        return values.to(dtype), index_N, gates_to(gate_TN, dtype)
 
     # A token that stands alone is the step of decoding, bound by the bytes it reads and by the number of calls: it reads
     # its own experts only, and the gates multiply what is small.

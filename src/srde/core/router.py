@@ -40,6 +40,8 @@ class Route:
         num_routed: How many experts are routed.
         num_shared: How many more are shared: always on, with gate 1.
         forced: Whether tokens were told their expert.
+        open_E: The experts that may be chosen, and the shared ones [those]; None where that is all. Locked ones are left out of
+            every product, so that an adapter with one more locked expert gives the very bits of the one without.
         path: The compute path that the route's delta takes, set when it starts.
         lone: Set when that delta treats the route as a lone token's.
         rows: Kept for that delta: what it works out once and needs twice.
@@ -51,6 +53,7 @@ class Route:
     num_routed: int
     num_shared: int = 0
     forced: bool = False
+    open_E: Tensor | None = field(default=None, repr=False, compare=False)
     path: Literal["masked", "grouped"] = field(default="masked", repr=False, compare=False)
     lone: bool = field(default=False, repr=False, compare=False)
     rows: Any = field(default=None, repr=False, compare=False)
@@ -69,6 +72,11 @@ class Route:
         return self._gate_TE
 
     @property
+    def num_open(self) -> int:
+        """How many routed experts may be chosen."""
+        return self.num_routed if self.open_E is None else len(self.open_E) - self.num_shared
+
+    @property
     def lone_experts(self) -> tuple[Tensor, Tensor] | None:
         """The experts [N] of a token that stands alone (decoding), its own and the shared ones, and their gates [N].
 
@@ -76,12 +84,7 @@ class Route:
         forced tokens).
         """
         tokens, top_k = self.slot_TK.shape
-        if (
-            tokens != 1
-            or self.forced
-            or top_k == self.num_routed
-            or self.logits_TE.shape[1] > self.num_routed
-        ):
+        if tokens != 1 or self.forced or top_k >= self.num_open or self.logits_TE.shape[1] > self.num_routed:
             return None
         slot_N, share_N = self.slot_TK[0], self.share_TK[0]
         if self.num_shared:
@@ -192,6 +195,10 @@ class Router(nn.Module):
                 uses that expert alone, with gate 1. Or a mixture for every token. Locks do not apply to it.
         """
         logits_TE = self._logits(x_TD)
+        open_E = None
+        if self.locked and forced_T is None:
+            experts = [e for e in range(self.num_experts + self.num_shared) if e not in self.locked]
+            open_E = torch.tensor(experts, device=logits_TE.device)
         if isinstance(forced_T, Mixture):
             share_E = logits_TE.new_tensor(forced_T.share_E)
             if share_E.shape != (self.num_experts,):
@@ -213,20 +220,28 @@ class Router(nn.Module):
         share_TK = top_TK.softmax(dim=-1)
         if forced_T is not None:
             slot_TK, share_TK = self._force(forced_T, slot_TK, share_TK)
-        return Route(logits_TE, slot_TK, share_TK, self.num_experts, self.num_shared, forced_T is not None)
+        return Route(
+            logits_TE, slot_TK, share_TK, self.num_experts, self.num_shared, forced_T is not None, open_E
+        )
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        weight: Tensor = self.weight
+        open_S = None
+        if self.locked:
+            slots = [s for s in range(len(weight)) if s not in self.locked]
+            open_S = torch.tensor(slots, device=weight.device)
+            weight = weight.index_select(0, open_S)
         if autocasts(x_TD):  # autocast would round the logits to bf16
             with torch.autocast(x_TD.device.type, enabled=False):
-                logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+                logits_TE = F.linear(x_TD.to(dtype), weight.to(dtype))
         else:
-            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            logits_TE = F.linear(x_TD.to(dtype), weight.to(dtype))
         if self.temperature != 1:
             logits_TE = logits_TE / self.temperature
-        if self.locked:
-            locked = torch.tensor(self.locked, device=logits_TE.device)
-            logits_TE = logits_TE.index_fill(1, locked, float("-inf"))
+        if open_S is not None:
+            closed_TE = logits_TE.new_full((len(x_TD), len(self.weight)), float("-inf"))
+            logits_TE = closed_TE.index_copy(1, open_S, logits_TE)
         return logits_TE
 
     def _force(self, forced_T: Tensor | int, slot_TK: Tensor, share_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Scores a model's text against the known answer of an item.
 
-`score` is a pure function of text: no model, no files. It reads verbose outputs as a person would
+`score` is a function of text: no model, no files. It reads verbose outputs as a person would
 ("The sum is 153.", "**Answer:** (B) tree", a fenced block), because a base model that knows the
 answer but not the form must not be counted as wrong.
 
@@ -14,11 +14,14 @@ Kinds, what `answer` is, and when the score is 1:
 | `exact`          | text                  | the same text (`metadata["options"]`: same option) | no          |
 | `one_of`         | list of texts         | the same text as one of them                       | no          |
 | `short_text`     | text                  | the same words                                     | token F1    |
+| `set`            | list of texts         | the same items, in any order                       | no          |
 | `grid`           | rows of digits        | all cells equal                                    | no          |
+| `plan`           | text of a plan        | the plan, simulated, reaches the prompt's goal     | no          |
 | `reasoning_gym`  | text                  | what the task's own `score_answer` says            | as it says  |
+| `code`           | -                     | the program passes the row's tests                 | no          |
 
-`plan` and `code` need a simulator and a sandbox: `is_scorable` says no to them, and callers then
-report the loss only.
+`code` needs the whole row, and leave to run programs that a model wrote: `score_row` scores it, `score` does not. `choice` has a
+better rule where the model is at hand: see `srde.eval.choices`.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from srde.data.rows import Row
 from srde.errors import UsageError
 
 # A sign counts only where no word, number or bracket stands before it: 10-3 holds 10 and 3.
@@ -52,15 +56,51 @@ _CHOICES = (  # tried in this order on the whole text; each has exactly one grou
 )
 _CHOICE_AFTER_CUE = re.compile(r"\W*(?:option |choice )?(?:\(?([A-Z])(?![\w'])|\(?([a-z])[).:])")
 _GRID_LINE = re.compile(r"[\s\[\](),|]*\d[\d\s\[\](),|]*")
+_BULLET = re.compile(r"^\s*(?:[-*\u2022]|\d+[.)])\s+")
+_BETWEEN_ITEMS = re.compile(r"\s*[,;\n]\s*(?:and\s+)?|\s+and\s+")
 _CLOSED_SETS = (("yes", "no"), ("true", "false"), ("valid", "invalid"), ("proved", "disproved", "unknown"))
+
+
+CODE = "code"
+PLAN = "plan"
 
 
 def is_scorable(kind: str) -> bool:
     """True where `score` knows the kind."""
-    return kind in _SCORERS
+    return kind == PLAN or kind in _SCORERS
 
 
-def score(kind: str, prediction_text: str, answer: Any, metadata: Mapping[str, Any]) -> float:
+def is_asked(row: Row, *, confirm_run_unsafe_code: bool = False) -> bool:
+    """Whether a model's text for a row can be scored: programs only with leave to run them."""
+    if not row.prompt:
+        return False
+    if row.kind == CODE:
+        return confirm_run_unsafe_code
+    return row.answer is not None and is_scorable(row.kind or "")
+
+
+def score_row(row: Row, text: str, *, confirm_run_unsafe_code: bool = False) -> tuple[float, str]:
+    """Scores the text that a model gave to a row.
+
+    Args:
+        row: One of which `is_asked` is true.
+        text: The model's text, without special tokens.
+        confirm_run_unsafe_code: Leave to run programs that a model wrote.
+
+    Returns:
+        The score, 0 to 1, and why a program failed; the reason is empty for other kinds.
+    """
+    if row.kind == CODE:
+        from srde.eval.contained import score_code
+
+        passed, reason = score_code(text, row, confirm_run_unsafe_code=confirm_run_unsafe_code)
+        return float(passed), reason
+    return score(str(row.kind), text, row.answer, row.metadata, prompt=row.prompt[-1]["content"]), ""
+
+
+def score(
+    kind: str, prediction_text: str, answer: Any, metadata: Mapping[str, Any], *, prompt: str = ""
+) -> float:
     """Scores one prediction.
 
     Args:
@@ -69,6 +109,7 @@ def score(kind: str, prediction_text: str, answer: Any, metadata: Mapping[str, A
         answer: The known answer, as the row holds it.
         metadata: The row's metadata. Read are `options` (the closed list of possible answers, for `exact`),
             `n_options` (for `choice`), and, for `reasoning_gym`, `source_dataset` with what that task stores.
+        prompt: The question, which only `plan` needs.
 
     Returns:
         A score from 0 to 1. An answer counts as right when the score is 1.
@@ -78,9 +119,13 @@ def score(kind: str, prediction_text: str, answer: Any, metadata: Mapping[str, A
     """
     if not is_scorable(kind):
         raise UsageError.of(
-            "kind", kind, rule=f"has no scorer (known: {', '.join(_SCORERS)})",
+            "kind", kind, rule=f"has no scorer (known: {', '.join([*_SCORERS, PLAN])})",
             fix="Ask is_scorable(kind) first and report the loss only",
         )  # fmt: skip
+    if kind == PLAN:
+        from srde.eval.blocksworld import score_plan
+
+        return float(score_plan(prediction_text, prompt, str(answer)))
     return float(_SCORERS[kind](prediction_text, answer, metadata))
 
 
@@ -190,6 +235,20 @@ def _score_short_text(text: str, answer: Any, metadata: Mapping[str, Any]) -> fl
     return 2 * common / (predicted.total() + wanted.total()) if common else 0.0
 
 
+def _items(text: str) -> set[str]:
+    """The items of a list in words: split at commas, semicolons, line breaks and "and", without bullets and brackets."""
+    lines = [_BULLET.sub("", line) for line in _undress(text).strip("[](){}").split("\n")]
+    parts = (_undress(part).strip("\"'") for part in _BETWEEN_ITEMS.split("\n".join(lines)))
+    return {re.sub(r"\s+", " ", part).casefold() for part in parts if part}
+
+
+def _score_set(text: str, answer: Any, metadata: Mapping[str, Any]) -> bool:
+    wanted = set().union(*(_items(one) for one in ([answer] if isinstance(answer, str) else answer)))
+    bullets = [line for line in text.split("\n") if _BULLET.match(line)]
+    after_cue = [text[cue.end() :] for cue in list(_CUE.finditer(text))[-1:]]
+    return any(_items(one) == wanted for one in [*_candidates(text), *after_cue, "\n".join(bullets), text])
+
+
 def _grid(text: str) -> list[str]:
     """The first block of lines that hold only digits (and brackets or commas), as one string of digits a row."""
     rows: list[str] = []
@@ -227,6 +286,7 @@ _SCORERS: dict[str, Callable[[str, Any, Mapping[str, Any]], float]] = {
     "exact": _score_exact,
     "one_of": lambda text, answer, metadata: any(_matches(text, one) for one in answer),
     "short_text": _score_short_text,
+    "set": _score_set,
     "grid": _score_grid,
     "reasoning_gym": _score_reasoning_gym,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from srde.artifacts import MANIFEST_NAME, verify
 from srde.data.tokenizers import explained, load_tokenizer
-from srde.errors import ConfigError, UsageError
+from srde.errors import ArtifactError, ConfigError, UsageError
 from srde.tuner.auto import keep_weights_unpacked
 from srde.tuner.loading import DTYPES, load_adapter, quantization_config
 
@@ -19,6 +20,36 @@ if TYPE_CHECKING:
 
     from srde.tuner.names import NamedExperts
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+def adapter_folder(name: str) -> str:
+    """The folder or hub id that a user means; a file in a folder means the folder.
+
+    So ``checkpoint-100/srde_weights.pt``, as older scripts name it, is ``checkpoint-100`` where that holds an adapter.
+
+    Raises:
+        ArtifactError: It is an old file of weights, which is a pickle, or another file.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return name
+    inside = (path.parent / "adapter_config.json").is_file() or (path.parent / "config.json").is_file()
+    if path.is_file() and path.suffix in _PICKLES:
+        raise ArtifactError.of(
+            "srde_weights", name, rule="an old file of weights is a pickle, and is not read",
+            fix="make an adapter of it once with `srde import --srde_weights ... --output_dir ...`, and name that folder",
+        )  # fmt: skip
+    if inside and (path.is_file() or path.suffix in (*_PICKLES, ".safetensors")):
+        return str(path.parent)
+    if path.is_file():
+        raise ArtifactError.of(
+            "adapter", name, rule="this file is not in a folder with an adapter_config.json",
+            fix="name the --output_dir of srde train",
+        )  # fmt: skip
+    return name
+
 
 def open_model(
     name: str, dtype: str = "auto", base: str | None = None, *, quantization: str = "none"
@@ -26,7 +57,7 @@ def open_model(
     """Loads a model with experts, in evaluation mode, and its tokenizer.
 
     Args:
-        name: An adapter, or a model that `srde export --format sardine` wrote: a folder or a hub id.
+        name: An adapter, or a model that `srde export --format sardine` wrote: a folder, a file in it, or a hub id.
         dtype: Type of the base's weights; "auto" keeps the checkpoint's.
         base: Another place to load the same base from.
         quantization: "nf4" or "int8" quantises the base's weights while loading.
@@ -35,6 +66,7 @@ def open_model(
         ArtifactError: There is nothing of the kind, it is damaged, or made for another base.
         ConfigError: The base cannot be loaded, or a setting is unknown.
     """
+    name = adapter_folder(name)
     if not _is_sardine(name):
         return load_adapter(name, dtype, base, quantization=quantization)
     from srde.hub.sardine import SaRDinEForCausalLM
@@ -76,11 +108,13 @@ def _is_sardine(name: str) -> bool:
 
     if Path(name).is_dir():
         file: str | None = str(Path(name) / "config.json")
+    elif not _HUB_ID.fullmatch(name):
+        return False
     else:
         file = cached_file(
             name, "config.json", _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-        ) if name.count("/") == 1 else None  # fmt: skip
+        )  # fmt: skip
     if file is None or not Path(file).is_file():
         return False
     try:

@@ -13,8 +13,9 @@ from srde.data.domains import DOMAINS
 from srde.data.quickstart import build_quickstart
 from srde.data.rows import Row, read_rows
 from srde.data.tokenizers import load_tokenizer
-from srde.eval.evaluate import Evaluation, evaluate
-from srde.eval.report import comparison_table, save_report, used_experts
+from srde.eval.evaluate import Evaluation, evaluate, steps
+from srde.eval.report import environment, save_report, used_experts
+from srde.eval.table import summary
 from srde.infer.generate import generate
 from srde.progress import bar
 from srde.quickstart.default_model import default_model, fast_dtype
@@ -109,10 +110,11 @@ def quickstart(settings: Settings, console: Console) -> tuple[Evaluation, Evalua
     model, tokenizer = load_adapter(str(out), dtype)
     num_routed = model.peft_config["default"].num_experts
     experts = _measure(model, tokenizer, test, console)
-    console.print(comparison_table(experts, base, num_routed))
+    console.print(summary(experts, base))
+    how = {"adapter": str(out), "base": name, "dtype": dtype, "max_new_tokens": ANSWER_TOKENS}
     for file in (
         out / "adapter_model.safetensors",
-        *save_report(out, experts, base, num_routed),
+        *save_report(out, experts, base, how | {"versions": environment()}),
         files.train,
         files.test,
     ):
@@ -129,7 +131,7 @@ def quickstart(settings: Settings, console: Console) -> tuple[Evaluation, Evalua
 
 
 def _measure(model: object, tokenizer: object, rows: list[Row], console: Console) -> Evaluation:
-    with bar(console, "measuring", 2 * len(rows)) as advance:
+    with bar(console, "measuring", steps(rows)) as advance:
         return evaluate(model, tokenizer, rows, max_new_tokens=ANSWER_TOKENS, progress=advance)  # type: ignore[arg-type]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
 
@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from srde.errors import ConfigError, DataError, SrdeError, refuse_unknown
 from srde.train.config_file import expand_config
+from srde.train.start import ContinueArguments, given_flags
 from srde.tuner import SrdeConfig
 
 
@@ -130,7 +131,7 @@ _BESIDE_MUON = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
-class RunArguments(TrainingArguments):
+class RunArguments(ContinueArguments, TrainingArguments):
     """Transformers' `TrainingArguments` with defaults that suit experts on a frozen base, and what srde adds."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the adapter and the run."})
@@ -347,14 +348,6 @@ ExpertArguments = make_dataclass(
 """The experts: the fields of `SrdeConfig` that are set by hand, with its help; masks are learned, if nothing else is said."""
 
 
-def starting_config(experts: Any) -> SrdeConfig:
-    """The configuration at the start of training, from `ExpertArguments`: at the initial sparsity."""
-    settings = asdict(experts)
-    if settings["granularity"] == "element" and settings["mask_init"] == "learned":
-        settings["mask_init"] = "gradient"  # the nearest there is for single entries
-    return SrdeConfig(task_type="CAUSAL_LM", sparsity=experts.initial_sparsity, **settings)
-
-
 class _Flags(HfArgumentParser):
     """Says what is wrong in one line, and not all flags that there are."""
 
@@ -378,9 +371,11 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Any, RunA
     """
     flags = parser()
     try:
+        words = expand_config(list(argv), flags)
         model, data, experts, run, unknown = flags.parse_args_into_dataclasses(
-            expand_config(list(argv), flags), return_remaining_strings=True, look_for_args_file=False
+            words, return_remaining_strings=True, look_for_args_file=False
         )
+        experts.given = given_flags(words, flags)
     except SrdeError:
         raise
     except ValueError as error:  # what Transformers says about its own settings

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from srde.train.held import Held
 from srde.train.masks import MaskLearner
 from srde.train.phases import Phase, Phases
 from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule
@@ -41,6 +42,9 @@ class Settings:
         warm_start: How the routers begin.
         mask_init: As in `SrdeConfig`.
         seed: Of masks and warm start.
+        only: The routed experts that alone are trained, and their rows of the routers; None for all that are not frozen or
+            disabled.
+        routers_only: Trains no values at all.
     """
 
     phases: Phases
@@ -51,6 +55,8 @@ class Settings:
     warm_start: WarmStart = "none"
     mask_init: str = "magnitude"
     seed: int = 0
+    only: tuple[int, ...] | None = None
+    routers_only: bool = False
 
 
 class Controller(TrainerCallback):
@@ -87,6 +93,10 @@ class Controller(TrainerCallback):
         self.after_prune: Callable[[], None] = lambda: None
         self._said: str | None = None
         self._open: int | None = None
+        config = model.peft_config[adapter]
+        self.held = Held.of(config, settings.only)
+        self._disabled = set(config.disabled_experts or ())
+        self._frozen = {e for e in self.held.experts if e < config.num_experts} - self._disabled
         mask_phase = settings.phases.named("mask_learning")
         if mask_phase is not None and settings.mask_init == "learned":
             self.learner = MaskLearner(
@@ -117,27 +127,33 @@ class Controller(TrainerCallback):
 
     def drop_inactive_gradients(self) -> None:
         """Takes the gradients away from what this phase does not train, so that no optimizer moves it and no norm counts it."""
+        trains_values = self.phase.values and not self.settings.routers_only
+        own = set()
         for layer in self.layers:
             router, values = layer.srde_router[self.adapter], layer.srde_experts[self.adapter].values
+            own |= {id(router.weight), id(values)}
             if not self.phase.routers:
                 router.weight.grad = None
-            if not self.phase.values:
+            if not trains_values:
                 values.grad = None
+            self.held.drop_gradients(layer, self.adapter)
             held = [*router.locked, *router.frozen]
             if held and values.grad is not None:
                 values.grad[:, held] = 0
             if held and router.weight.grad is not None:
                 router.weight.grad[held] = 0
-        if not self.phase.values:
+        if not trains_values or self.held.others:
             for parameter in self.model.parameters():  # `modules_to_save` go with the values
-                parameter.grad = None
+                if not self.phase.values or id(parameter) not in own:
+                    parameter.grad = None
 
     # ---- the trainer's events -------------------------------------------------------------------------------------
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Locked and frozen experts stay as they are, whatever momentum the optimizer has."""
+        """Locked, frozen and disabled experts stay as they are, whatever momentum the optimizer has."""
+        self.held.hold(kwargs["optimizer"], lambda: self.layers, self.adapter)
         if self.settings.unlock.kind != "none":
             self.model.srde.hold_locked(kwargs["optimizer"])
         self.phase = self.settings.phases.at(state.global_step)
@@ -229,6 +245,7 @@ class Controller(TrainerCallback):
                 expert_of=self.expert_of,
                 seed=settings.seed,
                 adapter=self.adapter,
+                keep=self.held.rows,
             )
             self.say("warm_start", step, f"the routers start from {settings.warm_start}")
         if settings.mask_init == "gradient":
@@ -251,7 +268,9 @@ class Controller(TrainerCallback):
         for layer in self.layers:
             router = layer.srde_router[self.adapter]
             router.temperature = temperature
-            router.locked, router.frozen = ((), rest) if pretrained else (rest, ())
+            locked, frozen = ((), rest) if pretrained else (rest, ())
+            router.locked = tuple(sorted({*locked, *self._disabled}))
+            router.frozen = tuple(sorted({*frozen, *self._frozen} - set(router.locked)))
         if self._open is not None and opened != self._open:
             self.say("unlock", step, f"{opened} of {settings.unlock.num_experts} experts are open")
         self._open = opened

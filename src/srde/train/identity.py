@@ -11,6 +11,7 @@ from srde.data.tokenizers import tokenizer_fingerprints
 from srde.train.arguments import EXPERT_FIELDS, DataArguments, ModelArguments, RunArguments
 from srde.train.data import TrainingData
 from srde.train.phases import Phases
+from srde.train.start import adapter_digest
 
 
 def identity(
@@ -41,6 +42,13 @@ def identity(
         "expert_pretrain_steps": "expert_pretraining",
     }  # fmt: skip
     counts = {flag: phases.steps(name) for flag, name in lengths.items()}  # type: ignore[arg-type]
+    # None where it is not asked for, which is also what a checkpoint of an earlier srde has
+    start = {
+        "init_adapter": adapter_digest(args.init_adapter) if args.init_adapter else None,
+        "train_experts": sorted({e for name in args.train_experts or () for e in config.experts_named(name)})
+        or None,
+        "train_router_only": args.train_router_only or None,
+    }
     return {
         "model_name_or_path": model.peft_config["default"].base_fingerprint,
         "tokenizer": prints if data_args.train_file else prints["vocabulary"],
@@ -52,5 +60,5 @@ def identity(
         "data_order": data_args.data_order,
         "dtype": str(model.dtype),
         "quantization": model_args.quantization,
-        **experts, **settings, **named, **counts,
+        **experts, **settings, **named, **counts, **start,
     }  # fmt: skip

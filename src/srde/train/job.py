@@ -32,7 +32,8 @@ from srde.monitor.log import RUN_FILE, read_json, replace_json
 from srde.monitor.notify import Notifier
 from srde.train import checkpoint
 from srde.train.arguments import DataArguments, ModelArguments, RunArguments
-from srde.train.control import Controller, Settings
+from srde.train.control import Controller
+from srde.train.course import course_of, names_of
 from srde.train.data import TrainingData, open_data
 from srde.train.identity import identity
 from srde.train.phases import Phases
@@ -40,12 +41,10 @@ from srde.train.record import Record
 from srde.train.requirements import require_plain, require_prunable, require_same_course, require_whole
 from srde.train.resolve import phases_of
 from srde.train.runner import RunTrainer
-from srde.train.schedules import LinearSchedule, SparsitySchedule, UnlockSchedule, unlock_span
+from srde.train.start import Start
 from srde.train.state import RunState
 from srde.train.stop import StopSignal, stopped
-from srde.train.supervision import Supervision, domain_table
 from srde.train.trackers import guard, not_installed, require_known
-from srde.tuner import SrdeConfig
 from srde.tuner.loading import load_base
 from srde.tuner.store import save_adapter
 
@@ -86,7 +85,7 @@ class Job:
     Args:
         model_args: The base.
         data_args: The rows.
-        config: The adapter, as it starts.
+        start: The adapter, as it starts.
         args: The trainer's settings.
         callbacks: Further callbacks of the trainer.
         folder: The run's folder, locked.
@@ -99,7 +98,7 @@ class Job:
         self,
         model_args: ModelArguments,
         data_args: DataArguments,
-        config: SrdeConfig,
+        start: Start,
         args: RunArguments,
         callbacks: Sequence[TrainerCallback],
         folder: Path,
@@ -107,7 +106,8 @@ class Job:
         stop: StopSignal,
         notifier: Notifier,
     ) -> None:
-        self.model_args, self.data_args, self.config, self.args = model_args, data_args, config, args
+        self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.start, self.config = start, start.config
         self.callbacks, self.folder, self.record = callbacks, folder, record
         self.stop, self.notifier = stop, notifier
 
@@ -131,7 +131,9 @@ class Job:
         data = given.prepare(tokenizer, self.data_args.packing and packing_is_exact(base))
         self._settle_arguments(data)
         phases = phases_of(args, self.config)
+        self.config.expert_names = names_of(args, self.data_args, self.start, data)
         model = get_peft_model(base, self.config)
+        self.start.put_into(model)
         about = identity(self.model_args, self.data_args, args, model, tokenizer, data, phases)
         state: dict[str, Any] = {}
         if found is not None:
@@ -203,37 +205,12 @@ class Job:
         about: dict[str, Any],
     ) -> RunTrainer:
         args, config = self.args, self.config
-        table = domain_table(data.domains, config.num_experts, args.domain_experts)
-        forced = phases.named("expert_pretraining")
-        supervision = None
-        if args.supervised_experts:
-            start, end = (forced.start, forced.end) if forced else (0, 0)
-            supervision = Supervision(end, config.num_experts, start=start, table=table)
-        start, end = unlock_span(phases, args.unlock_steps)
-        # experts that are locked and not pre-trained have changed nothing yet: there is nothing to choose by
-        waits = args.progressive_unlock != "none" and forced is None
-        cuts_from = min(end, args.max_steps) if waits else phases.first_trained
-        last = config.router_temperature
-        settings = Settings(
-            phases=phases,
-            sparsity=SparsitySchedule(config.initial_sparsity, config.target_sparsity, start=cuts_from),
-            temperature=LinearSchedule(
-                args.router_temperature_start or last,
-                last,
-                phases.first_trained,
-                max(args.max_steps // 2, phases.first_trained + 1),
-            ),
-            unlock=UnlockSchedule(args.progressive_unlock, config.num_experts, start, end),
-            prune_by=args.prune_by,
-            warm_start=args.warm_start,
-            mask_init=config.mask_init,
-            seed=args.seed,
-        )
+        course = course_of(args, self.data_args, self.start, data, phases)
         controller = Controller(
             model,
-            settings,
+            course.settings,
             batches=lambda: data.first_batches(args.per_device_train_batch_size, BOUNDARY_TOKENS),
-            expert_of=Supervision(0, config.num_experts, table=table).experts if data.domains else None,
+            expert_of=course.expert_of,
             say=self.record.event,
         )
         make = partial(
@@ -260,7 +237,7 @@ class Job:
                 raise not_installed(args.report_to, error) from error
             raise
         guard(trainer)
-        trainer.supervision = supervision
+        trainer.supervision = course.supervision
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             require_whole(config, args)
         if trainer.is_deepspeed_enabled:
@@ -283,6 +260,8 @@ class Job:
         if found is None:
             record.event("started", 0, f"{args.max_steps} steps on {data.facts['rows']} rows")
             self.notifier.send("started", f"{args.max_steps} steps on {data.facts['rows']} rows", **facts)
+            for note in self.start.notes:
+                record.event("start", 0, note)
         else:
             record.event("resumed", step, f"goes on from {found.name}")
             self.notifier.send("resumed", f"goes on from {found.name}", **facts)

@@ -93,6 +93,7 @@ def plan_phases(
     delta_training: int | None = None,
     pretraining: int | None = 0,
     learn_masks: bool = True,
+    routers_are_new: bool = True,
 ) -> Phases:
     """The phases of a run.
 
@@ -103,6 +104,8 @@ def plan_phases(
         delta_training: Steps of delta training, pre-training included; likewise.
         pretraining: Steps of expert pre-training; 0 for none; None for the share of a full run.
         learn_masks: Whether masks are learned at all; otherwise that phase has no steps unless some are given.
+        routers_are_new: Whether delta training, where its steps are not given, has more than pre-training: routers that are
+            trained already need not wait for the experts.
 
     Raises:
         ConfigError: A length is negative, pre-training is longer than a delta training that was given, masks are to be
@@ -137,7 +140,9 @@ def plan_phases(
     forced = max(1, _scaled(PRETRAINING, share)) if pretraining is None else pretraining
     if pretraining is None and delta_training is not None:
         forced = min(forced, delta_training)
-    third = max(_scaled(DELTA_TRAINING, share), forced) if delta_training is None else delta_training
+    third = delta_training
+    if third is None:
+        third = max(_scaled(DELTA_TRAINING, share), forced) if routers_are_new else forced
     if forced > third:
         raise ConfigError.of(
             "expert_pretrain_steps", forced, rule=f"it is a part of delta training, which has {third} steps",

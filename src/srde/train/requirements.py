@@ -54,7 +54,7 @@ def require_whole(config: SrdeConfig, args: RunArguments) -> None:
     """Refuses what needs whole parameters, under engines that hold them in parts.
 
     Raises:
-        ConfigError: Sparsity is to fall, or Muon is to be used.
+        ConfigError: Sparsity is to fall, experts are to be held, or Muon is to be used.
     """
     rule = "FSDP and DeepSpeed hold parameters in parts"
     if config.initial_sparsity != config.target_sparsity:
@@ -67,6 +67,11 @@ def require_whole(config: SrdeConfig, args: RunArguments) -> None:
             "progressive_unlock", args.progressive_unlock, rule=f"{rule}, of which experts cannot be held back",
             fix="leave it out, or train with DDP",
         )  # fmt: skip
+    if args.train_experts or config.frozen_experts or config.disabled_experts:
+        raise ConfigError.of(
+            "init_adapter", args.init_adapter, rule=f"{rule}, of which frozen and disabled experts cannot be held",
+            fix="train with DDP",
+        )  # fmt: skip
     if args.use_muon:
         raise ConfigError.of(
             "use_muon", True, rule=f"{rule}, and Muon needs whole matrices", fix="train with DDP"
@@ -77,7 +82,7 @@ def require_plain(config: SrdeConfig, args: RunArguments, phases: Phases) -> Non
     """Refuses what needs a place between the gradients and the optimizer's step: DeepSpeed has none.
 
     Raises:
-        ConfigError: Masks are to be learned, routers to be set or held, or steps to be skipped.
+        ConfigError: Masks are to be learned, routers or experts to be set or held, or steps to be skipped.
     """
     rule = "DeepSpeed steps as soon as it has the gradients"
     if config.mask_init == "learned":
@@ -92,6 +97,13 @@ def require_plain(config: SrdeConfig, args: RunArguments, phases: Phases) -> Non
             "warm_start", args.warm_start, rule="DeepSpeed has copied the routers' weights before the run begins",
             fix="leave it out",
         )  # fmt: skip
+    if args.train_router_only:
+        raise ConfigError.of(
+            "train_router_only",
+            True,
+            rule=f"{rule}, so that experts cannot be held meanwhile",
+            fix="train with DDP",
+        )
     if phases.named("delta_training") is not None:
         raise ConfigError.of(
             "delta_training_steps", args.delta_training_steps, rule=f"{rule}, so that routers cannot be held meanwhile",

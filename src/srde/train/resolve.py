@@ -16,11 +16,11 @@ from srde.train.arguments import (
     RunArguments,
     parse,
     parser,
-    starting_config,
 )
 from srde.train.config_file import files_of, settings
 from srde.train.phases import Phases, plan_phases
 from srde.train.schedules import unlock_span
+from srde.train.start import start_of
 from srde.tuner import SrdeConfig
 
 SECRET = ("webhook_url", "hub_token")
@@ -60,7 +60,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     found, _ = settings(argv, parser())
     try:
         model, data, experts, run = parse(argv)
-        config = starting_config(experts)
+        config = start_of(experts, run).config
         _require_pairs(run.domain_experts)
         phases = phases_of(run, config) if run.max_steps > 0 else None
     except SrdeError as error:
@@ -81,14 +81,29 @@ def phases_of(run: RunArguments, config: SrdeConfig) -> Phases:
     Raises:
         ConfigError: They do not fit into the steps, or something is asked of a phase that the run does not have.
     """
-    if run.prune_by == "importance" and config.mask_init != "learned":
+    continued = run.init_adapter is not None
+    learn_masks = config.mask_init == "learned" and not continued
+    if run.prune_by == "importance" and not learn_masks:
         raise ConfigError.of(
             "prune_by", "importance", rule="importance is what mask learning finds, and this run learns no masks",
             fix="pass --mask_init learned, or --prune_by magnitude",
         )  # fmt: skip
-    by_domain = run.supervised_experts or run.warm_start != "none"
+    if continued and run.mask_learning_steps:
+        raise ConfigError.of(
+            "mask_learning_steps",
+            run.mask_learning_steps,
+            rule="the masks are those of --init_adapter",
+            fix="leave it out",
+        )
+    if run.train_router_only and run.delta_training_steps:
+        raise ConfigError.of(
+            "delta_training_steps", run.delta_training_steps, rule="they train the experts, and --train_router_only leaves them",
+            fix="leave it out",
+        )  # fmt: skip
+    forces = run.supervised_experts or bool(run.train_experts)
+    by_domain = forces or run.warm_start != "none"
     for name, given, needs, there in (
-        ("expert_pretrain_steps", run.expert_pretrain_steps, "--supervised_experts", run.supervised_experts),
+        ("expert_pretrain_steps", run.expert_pretrain_steps, "--supervised_experts", forces),
         ("unlock_steps", run.unlock_steps, "--progressive_unlock", run.progressive_unlock != "none"),
         ("domain_experts", run.domain_experts, "--supervised_experts or --warm_start", by_domain),
     ):  # fmt: skip
@@ -101,8 +116,9 @@ def phases_of(run: RunArguments, config: SrdeConfig) -> Phases:
         warm_up=run.phase_warmup_steps,
         mask_learning=run.mask_learning_steps,
         delta_training=run.delta_training_steps,
-        pretraining=run.expert_pretrain_steps if run.supervised_experts else 0,
-        learn_masks=config.mask_init == "learned",
+        pretraining=run.expert_pretrain_steps if forces else 0,
+        learn_masks=learn_masks,
+        routers_are_new=not continued,
     )
     start, end = unlock_span(phases, run.unlock_steps)
     if run.progressive_unlock != "none" and end > run.max_steps:

@@ -14,10 +14,11 @@ from srde.artifacts import sweep
 from srde.errors import StoppedError
 from srde.monitor.notify import Notifier, webhook_url_from
 from srde.monitor.scrub import Scrubber
-from srde.train.arguments import DataArguments, ModelArguments, RunArguments, starting_config
+from srde.train.arguments import DataArguments, ModelArguments, RunArguments
 from srde.train.job import ATTEMPT, Job, Outcome, trained_parameters
 from srde.train.lock import lock
 from srde.train.record import Record
+from srde.train.start import start_of
 from srde.train.stop import StopSignal, stopped
 
 __all__ = ["Outcome", "run", "trained_parameters"]
@@ -45,7 +46,7 @@ def run(
         TrainingError: Numbers are not finite any more, or the memory does not suffice.
     """
     folder = Path(args.output_dir or "")
-    config = starting_config(experts)
+    start = start_of(experts, args)
     stop = StopSignal()
     is_main = args.process_index == 0
     url = webhook_url_from(args.webhook_url, os.environ) if is_main else None
@@ -61,7 +62,7 @@ def run(
         record = Record(folder, args.max_steps, args.heartbeat_steps, writes=is_main, scrub=scrub)
         try:
             record.beat("loading", 0)
-            return Job(model_args, data_args, config, args, callbacks, folder, record, stop, notifier).go()
+            return Job(model_args, data_args, start, args, callbacks, folder, record, stop, notifier).go()
         except BaseException as error:
             if isinstance(error, StoppedError) or (stop.asked and stop.abrupt):
                 # a library may swallow the stop while it loads, and break at what is missing then

@@ -34,6 +34,7 @@ def warm_start(
     expert_of: Any = None,
     seed: int = 0,
     adapter: str = "default",
+    keep: Sequence[int] = (),
 ) -> None:
     """Sets the weights of an adapter's routers from hidden states of the base.
 
@@ -44,6 +45,7 @@ def warm_start(
         expert_of: Maps `domain_ids` to experts (-1 for none), as `Supervision.experts` does; None where domains are not known.
         seed: Of the sample of tokens, and of k-means.
         adapter: The adapter's name.
+        keep: Rows of the routers that stay as they are.
 
     Raises:
         DataError: "domains" is asked for and no token has one, or there are fewer tokens than clusters.
@@ -68,6 +70,8 @@ def warm_start(
             weight_ED = by_domain(x_ND, expert_N, router.num_experts, _whole(router.weight))
         else:
             weight_ED, before = by_cluster(x_ND, router.num_experts, seed, expert_N, before)
+        if kept := [row for row in keep if row < len(weight_ED)]:
+            weight_ED[kept] = _whole(router.weight).detach()[kept].to(weight_ED)
         _set_rows(router.weight, weight_ED)
 
 
