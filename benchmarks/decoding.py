@@ -83,12 +83,15 @@ def main() -> None:
             for name in models
         }
     facts = machine("cpu")
+    where = f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}"
     lines = [
-        f"`{shlex.join(['python', *sys.argv])}`", "",
-        f"{Path(str(name)).name}, {args.dtype}, {args.repeats} rounds, {time.strftime('%Y-%m-%d')}; {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}", "",
+        f"`{shlex.join(['python', *sys.argv])}`",
+        "",
+        f"{Path(str(name)).name}, {args.dtype}, {args.repeats} rounds, {time.strftime('%Y-%m-%d')}; {where}",
+        "",
         "|  | " + " | ".join(f"{job}, ms/step | x base speed" for job in results) + " |",
         "|---|" + "---:|---:|" * len(results),
-    ]  # fmt: skip
+    ]
     for name in models:
         cells = [f"{found[name]['ms']:.2f} | {found[name]['speed']:.3f}" for found in results.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -14,7 +14,7 @@ from srde.artifacts import verify
 from srde.cli import main
 from srde.errors import ArtifactError, ConfigError
 from srde.hub.export import Source, export_merged, export_sardine
-from srde.hub.merged import BOUNDS, merge, read_mixture
+from srde.hub.merged import BOUNDS, merge
 from srde.tuner.loading import load_adapter, load_base
 from srde.tuner.store import save_adapter
 from tiny import save_tiny
@@ -155,8 +155,14 @@ def test_a_write_that_fails_leaves_the_old_one(place, tmp_path, monkeypatch):
             ["--format", "merged", "--expert", "chess"],
             "expert='chess': the adapter's experts are numbered 0 to 3, named math",
         ),
-        (["--format", "merged", "--weights", "math:1"], "an entry is an expert, '=' and a number"),
-        (["--format", "merged", "--weights", "math=nan"], "an entry is an expert, '=' and a number"),
+        (
+            ["--format", "merged", "--weights", "math:1"],
+            "an entry is an expert that no other entry names, '=' and a number",
+        ),
+        (
+            ["--format", "merged", "--weights", "math=nan"],
+            "an entry is an expert that no other entry names, '=' and a number",
+        ),
         (["--push_to_hub", "nobody"], "it must name its owner"),
     ],
 )
@@ -239,8 +245,10 @@ def test_every_type_has_a_bound_and_bfloat16_keeps_it(place):
 
 def test_mixtures_are_read_by_name_and_number():
     config = SrdeConfig(num_experts=4, expert_names=NAMES)
-    assert read_mixture(config, "math=0.5, 1=2") == [0.25, 2.0, 0.25, 0.0]
-    assert read_mixture(config, "0=0.5,math=1") == [1.0, 0.0, 0.5, 0.0]
+    assert config.mixture("math=0.5, 1=2") == [0.25, 2.0, 0.25, 0.0]
+    assert config.mixture("0=0.5,2=-1") == [0.5, 0.0, -1.0, 0.0]
+    with pytest.raises(ConfigError, match="no other entry names"):
+        config.mixture("0=0.5,math=1")
 
 
 CONVERTER = """

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from adapters import adapted
 from peft import PeftModel
 
-from adapters import adapted
 from srde import SrdeConfig
 from srde.errors import ConfigError
 from tiny import tiny
@@ -28,7 +28,7 @@ def test_names_and_numbers_mean_experts():
         3,
     ) == config.experts_named(3)
     assert config.name_of(1) == "logic" and SrdeConfig().name_of(1) == "1"
-    with pytest.raises(ConfigError, match="'mats'.*numbered 0 to 3, named math, logic, code"):
+    with pytest.raises(ConfigError, match=r"'mats'.*numbered 0 to 3, named math, logic, code"):
         config.experts_named("mats")
     with pytest.raises(ConfigError, match="have no names"):
         SrdeConfig().experts_named("math")

@@ -95,7 +95,7 @@ class NeuronDelta(Delta):
         return torch.addmm(y_TD.to(weight.dtype), h_TN, weight.reshape(-1, self.hidden_size)).to(y_TD.dtype)
 
     def _rows(self, activations: Tensor, route: Route, matrices: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """What the masked path multiplies, of the open experts: values [matrices, E, R, D], their neurons [E*R], gates [T, E*R]."""
+        """What the masked path multiplies, of the open experts: values [matrices, E, R, D], neurons [E*R], gates [T, E*R]."""
         values, dtype = self.values[matrices], activations.dtype
         if route.open_E is not None:
             values = values.index_select(1, route.open_E)

@@ -42,6 +42,8 @@ def choose_path(delta: Delta, route: Route, path: Path | None = None) -> Path:
     if isinstance(delta, ElementDelta):
         return "grouped"
     tokens, top_k = route.slot_TK.shape
+    if tokens < 8:
+        return "masked"
     saved = (route.num_open - top_k) * delta.index.shape[-1]
     cost = GROUPING_COST_WITH_GRADIENTS if torch.is_grad_enabled() else GROUPING_COST
     return "grouped" if saved > cost and tokens >= 8 * route.num_routed else "masked"

@@ -198,7 +198,7 @@ class Router(nn.Module):
         open_E = None
         if self.locked and forced_T is None:
             experts = [e for e in range(self.num_experts + self.num_shared) if e not in self.locked]
-            open_E = torch.tensor(experts, device=logits_TE.device)
+            open_E = torch.tensor(experts, dtype=torch.long, device=logits_TE.device)
         if isinstance(forced_T, Mixture):
             share_E = logits_TE.new_tensor(forced_T.share_E)
             if share_E.shape != (self.num_experts,):
@@ -230,7 +230,7 @@ class Router(nn.Module):
         open_S = None
         if self.locked:
             slots = [s for s in range(len(weight)) if s not in self.locked]
-            open_S = torch.tensor(slots, device=weight.device)
+            open_S = torch.tensor(slots, dtype=torch.long, device=weight.device)
             weight = weight.index_select(0, open_S)
         if autocasts(x_TD):  # autocast would round the logits to bf16
             with torch.autocast(x_TD.device.type, enabled=False):

@@ -12,7 +12,7 @@ from srde.errors import ConfigError
 from srde.hub.card import is_hub_id, merged_card, sardine_card, shown_name
 from srde.hub.convert import from_adapter
 from srde.hub.gguf import TYPES, find_converter, to_gguf
-from srde.hub.merged import Parity, merge, read_mixture
+from srde.hub.merged import Parity, merge
 from srde.hub.modeling_sardine import SHARD_SIZE
 from srde.tuner.loading import load_adapter
 
@@ -129,7 +129,7 @@ def export_merged(
     model, tokenizer = load_adapter(source.adapter, source.dtype, source.base)
     config = model.peft_config["default"]
     if weights is not None:
-        gates: list[float] | None = read_mixture(config, weights)
+        gates: list[float] | None = config.mixture(weights)
         number, what = None, f"the experts {weights}"
     else:
         experts = config.experts_named(expert)

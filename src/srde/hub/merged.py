@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from srde.errors import ArtifactError, ConfigError
-from srde.tuner import SrdeConfig
+from srde.errors import ArtifactError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,30 +67,6 @@ class Parity:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
-
-
-def read_mixture(config: SrdeConfig, text: str) -> list[float]:
-    """The gate of each routed expert from text such as ``math=0.7,code=0.3``; a name's share is split among its experts.
-
-    Raises:
-        ConfigError: An entry cannot be read, or names no expert.
-    """
-    weights = [0.0] * config.num_experts
-    for entry in text.split(","):
-        name, equals, number = entry.strip().partition("=")
-        try:
-            share = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or not torch.isfinite(torch.tensor(share)):
-            raise ConfigError.of(
-                "weights", text, rule=f"an entry is an expert, '=' and a number, which {entry.strip()!r} is not",
-                fix="write for example math=0.7,code=0.3",
-            )  # fmt: skip
-        experts = config.experts_named(name)
-        for expert in experts:
-            weights[expert] += share / len(experts)
-    return weights
 
 
 def merge(

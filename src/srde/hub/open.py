@@ -88,13 +88,19 @@ def open_model(
 
 
 def experts_config(model: Any) -> NamedExperts:
-    """The configuration that knows a model's experts by name and number.
+    """The configuration that knows a model's experts by name and number: of the active adapter, or of a SaRDinE model.
 
     Raises:
-        UsageError: The model has none.
+        UsageError: The model has no experts, or several adapters are active.
     """
     if hasattr(model, "peft_config"):
-        return model.peft_config[model.active_adapter]
+        names = list(model.active_adapters)
+        if len(names) != 1:
+            raise UsageError.of(
+                "active adapters", names, rule="experts are named for one adapter at a time",
+                fix="call model.set_adapter with one name",
+            )  # fmt: skip
+        return model.peft_config[names[0]]
     if hasattr(getattr(model, "config", None), "experts_named"):
         return model.config
     raise UsageError.of(

@@ -1,6 +1,6 @@
 """Answers prompts with an adapter, and says which experts produced each answer.
 
-Letters: B prompts, E experts (routed, then shared), N new tokens.
+Letters: B prompts, L layers, E experts (routed, then shared), N new tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from srde.data.tokenize import prompt_ids
+from srde.infer.prompts import Prompt, batches, check_lengths, encode_prompt, padded
+from srde.infer.routes import read_routes
+from srde.infer.stops import Stops, ended_by_string, find_stops
+from srde.infer.texts import answer_text
 from srde.tuner import Routing, RoutingRecord
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-Turns = Sequence[dict[str, str]]
+_LOOK_BACK = ("repetition_penalty", "no_repeat_ngram_size")  # at the padding too
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,14 @@ class Answer:
         load_E: Mean gate of each expert over the positions that produced these tokens and over all layers; None where
             no adapter spoke.
         num_routed: How many of them are routed; the shared ones follow.
+        ids: The new tokens.
     """
 
     text: str
     new_tokens: int
     load_E: Tensor | None
     num_routed: int = 0
+    ids: tuple[int, ...] = ()
 
     @property
     def expert(self) -> int | None:
@@ -59,13 +64,17 @@ class Answers:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Turns],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
     batch_size: int = 8,
+    system: str | None = None,
+    raw: bool = False,
+    stop_strings: Sequence[str] = (),
     **options: Any,
 ) -> Answers:
-    """Answers prompts through the model's chat template, greedily unless told otherwise.
+    """Answers prompts through the model's chat template, greedily unless told otherwise. An answer ends at the ends that the
+    checkpoint knows and at the template's end of turn (see `srde.infer.stops`).
 
     Args:
         model: Any causal language model; with an srde adapter, the answers also say which experts spoke.
@@ -73,57 +82,109 @@ def generate(
         prompts: Texts, or conversations of ``{"role", "content"}``.
         max_new_tokens: Most tokens per answer.
         batch_size: Prompts answered at once, padded on the left; prompts of similar length go together.
+        system: What the system says first, in conversations without such a turn.
+        raw: Texts are continued as they are, without the chat template.
+        stop_strings: Texts that end an answer; they are not part of it.
         options: For Transformers' `generate`, such as ``do_sample=True, temperature=0.7``.
+
+    Raises:
+        ConfigError: A prompt cannot be put to the model, or leaves no room for an answer.
     """
-    turns = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    ids = [prompt_ids(tokenizer, t) for t in turns]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    stops = find_stops(model, tokenizer, stop_strings, raw=raw)
+    ids = [encode_prompt(tokenizer, prompt, system=system, raw=raw) for prompt in prompts]
+    check_lengths(model, ids, max_new_tokens)
+    settings = generation_options(tokenizer, stops, max_new_tokens, options)
     answers: dict[int, Answer] = {}
-    options = {
-        "do_sample": False,
-        "max_new_tokens": max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-        **options,
-    }
-    if not options["do_sample"]:  # a checkpoint's own sampling settings would be warned about
-        options = {"temperature": None, "top_p": None, "top_k": None, **options}
     start = time.perf_counter()
-    for first in range(0, len(order), batch_size):
-        chunk = order[first : first + batch_size]
-        answers |= zip(chunk, _batch(model, tokenizer, [ids[i] for i in chunk], options), strict=True)
+    for chunk in batches([len(i) for i in ids], batch_size, even=looks_back(options)):
+        answers |= zip(chunk, _batch(model, tokenizer, [ids[i] for i in chunk], stops, settings), strict=True)
     seconds = time.perf_counter() - start
     return Answers(
         [answers[i] for i in range(len(ids))], sum(a.new_tokens for a in answers.values()) / seconds
     )
 
 
+def generation_options(
+    tokenizer: PreTrainedTokenizerBase, stops: Stops, max_new_tokens: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments of Transformers' `generate`: greedy and with these stops, where the options do not say otherwise."""
+    options = {
+        "do_sample": False,
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": list(stops.ids) or None,
+        **options,
+    }
+    if not options["do_sample"]:  # a checkpoint's own sampling settings would be warned about
+        options = {"temperature": None, "top_p": None, "top_k": None, **options}
+    return options
+
+
+def looks_back(options: dict[str, Any]) -> bool:
+    """Whether options judge a token by all before it, padding included: then an answer is only its own without padding."""
+    return any(options.get(name) for name in _LOOK_BACK)
+
+
+def stop_strings_criteria(
+    tokenizer: PreTrainedTokenizerBase, stops: Stops, prompt_length: int
+) -> StoppingCriteriaList | None:
+    """Ends each row of a batch at its own stop string. Transformers' own criterion also finds those that begin in the prompt."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class AtStrings(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            rows = input_ids[:, prompt_length:].tolist()
+            ended = [ended_by_string(tokenizer, row, stops.strings) for row in rows]
+            return torch.tensor(ended, device=input_ids.device)
+
+    return StoppingCriteriaList([AtStrings()]) if stops.strings else None
+
+
 def _batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], options: dict[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    stops: Stops,
+    options: dict[str, Any],
 ) -> list[Answer]:
-    longest = max(map(len, ids))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (longest - len(i)) + i for i in ids], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=model.device)
+    batch = padded(ids, tokenizer.pad_token_id, model.device)
+    longest = batch["input_ids"].shape[1]
+    criteria = stop_strings_criteria(tokenizer, stops, longest)
     routing = getattr(model, "srde", None)
+    beams = options.get("num_beams") or 1
     with torch.inference_mode():
-        if isinstance(routing, Routing):
+        if isinstance(routing, Routing) and beams == 1:
             with routing.record() as record:
-                out = model.generate(input_ids=input_ids, attention_mask=mask, **options)
+                out = model.generate(**batch, stopping_criteria=criteria, **options)
         else:
-            record, out = RoutingRecord(), model.generate(input_ids=input_ids, attention_mask=mask, **options)
-    new = out[:, longest:]
-    counts = [_spoken(row, _end_ids(model, tokenizer)) for row in new.tolist()]
-    loads = answer_load(record, counts) if record.calls else [None] * len(ids)
-    texts = [
-        tokenizer.decode(row[:n], skip_special_tokens=True).strip()
-        for row, n in zip(new, counts, strict=True)
+            record, out = RoutingRecord(), model.generate(**batch, stopping_criteria=criteria, **options)
+    new = out[:, longest:].tolist()
+    counts = [spoken(tokenizer, row, stops, options["eos_token_id"]) for row in new]
+    rows = [row[:n] for row, n in zip(new, counts, strict=True)]
+    if record.calls:
+        loads: Sequence[Tensor | None] = answer_load(record, counts)
+    else:  # beams change places while they are searched, so the answers are read once more
+        read = [
+            read_routes(model, [*i, *row]) if beams > 1 else None for i, row in zip(ids, rows, strict=True)
+        ]
+        loads = [
+            None if r is None else r.gate_LTE[:, len(i) - 1 : -1].mean((0, 1))
+            for r, i in zip(read, ids, strict=True)
+        ]
+    texts = [answer_text(tokenizer, row, stops.strings) for row in rows]
+    routed = num_routed(model)
+    return [
+        Answer(text, len(row), load, routed, tuple(row))
+        for text, row, load in zip(texts, rows, loads, strict=True)
     ]
-    routed = (
-        next((r.num_experts for layer in routing.layers.values() for r in layer.active_routers()), 0)
-        if routing
-        else 0
-    )
-    return [Answer(t, n, load, routed) for t, n, load in zip(texts, counts, loads, strict=True)]
+
+
+def num_routed(model: PreTrainedModel) -> int:
+    """How many routed experts the active adapters have; 0 without an adapter."""
+    routing = getattr(model, "srde", None)
+    if not isinstance(routing, Routing):
+        return 0
+    return next((r.num_experts for layer in routing.layers.values() for r in layer.active_routers()), 0)
 
 
 def answer_load(record: RoutingRecord, counts: Sequence[int]) -> list[Tensor]:
@@ -143,11 +204,16 @@ def answer_load(record: RoutingRecord, counts: Sequence[int]) -> list[Tensor]:
     return [gate_NBE[: max(n, 1), b].mean(0) for b, n in enumerate(counts)]
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {i for i in (*ends, tokenizer.eos_token_id) if i is not None}
-
-
-def _spoken(row: list[int], ends: set[int]) -> int:
-    return next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+def spoken(
+    tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stops: Stops, ends: Sequence[int] | int | None
+) -> int:
+    """How many of a row's new tokens are the answer: up to the first that ends it; what follows is padding."""
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return next(
+        (
+            n
+            for n in range(1, len(row) + 1)
+            if row[n - 1] in ends or ended_by_string(tokenizer, row[:n], stops.strings)
+        ),
+        len(row),
+    )

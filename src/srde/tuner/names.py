@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from srde.errors import ConfigError
 
 
@@ -31,12 +33,37 @@ class NamedExperts:
                 return (int(name),)
         elif found := tuple(e for e, own in enumerate(self.expert_names or ()) if own == name):
             return found
-        names = (
-            f", named {', '.join(dict.fromkeys(self.expert_names))}"
-            if self.expert_names
-            else " and have no names"
-        )
+        if self.expert_names:
+            rule = f", named {', '.join(dict.fromkeys(self.expert_names))}"
+            fix = "pass one of these"
+        else:
+            rule, fix = " and have no names", "pass a number, or give them names with `srde experts name`"
         raise ConfigError.of(
-            "expert", name, rule=f"the adapter's experts are numbered 0 to {self.num_experts - 1}{names}",
-            fix="pass one of these",
-        )  # fmt: skip
+            "expert",
+            name,
+            rule=f"the adapter's experts are numbered 0 to {self.num_experts - 1}{rule}",
+            fix=fix,
+        )
+
+    def mixture(self, text: str) -> list[float]:
+        """The gate of each routed expert from text such as ``math=0.7,code=0.3``; a name's share is split among its experts.
+
+        Raises:
+            ConfigError: An entry cannot be read, names no expert, or one that another entry names too.
+        """
+        gates: dict[int, float] = {}
+        for entry in text.split(","):
+            name, _, number = entry.strip().partition("=")
+            try:
+                share = float(number)
+            except ValueError:
+                share = math.nan
+            experts = self.experts_named(name.strip()) if math.isfinite(share) else ()
+            if not experts or gates.keys() & set(experts):
+                raise ConfigError.of(
+                    "mixture", text,
+                    rule=f"an entry is an expert that no other entry names, '=' and a number; {entry.strip()!r} is none",
+                    fix="write for example math=0.7,code=0.3",
+                )  # fmt: skip
+            gates |= dict.fromkeys(experts, share / len(experts))
+        return [gates.get(expert, 0.0) for expert in range(self.num_experts)]
