@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from preloaded import Preloaded
 from srde.data.quickstart import build_quickstart
@@ -65,12 +66,14 @@ def test_the_two_commands_are_make_targets():
 
 
 def test_the_shell_blocks_run_as_written(home):
-    script = "".join(b for b in blocks("README.md", "bash") if "srde train" in b)
+    script = "".join(b for b in blocks("README.md", "bash") if "srde train" in b or "srde export" in b)
     out = run(["bash", "-euo", "pipefail", "-c", script], home)
     assert "adapter: runs/built" in out and (home / "data/tokenized/MANIFEST.json").is_file()
-    assert "adapter: runs/mine" in out and "Held-out rows: base and srde" in out and "expert" in out
+    assert "adapter: runs/mine" in out and "accuracy" in out and "general text" in out and "expert" in out
     assert (home / "runs/mine/adapter_model.safetensors").is_file()
     assert (home / "runs/mine/plots/routing.png").is_file()
+    assert "SaRDinE model: runs/SaRDinE" in out and (home / "runs/SaRDinE/modeling_sardine.py").is_file()
+    assert "merged model: runs/merged" in out
 
 
 def test_the_python_block_runs_as_written(home):
@@ -144,3 +147,40 @@ def test_the_stand_in_hub_of_the_data_guide(home):
         hub.terminate()
         hub.communicate()
     assert (home / "from_hub/data.jsonl").read_text().count("\n") == 180
+
+
+START = "source .venv/bin/activate\nMODEL=~/.cache/srde/SmolLM2-135M-Instruct\n"
+TRAIN = "srde train --model_name_or_path $MODEL --train_file runs/quickstart/data/train.jsonl --max_steps 12 --supervised_experts"
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_export_guide_run_as_written(home):
+    commands = "".join(blocks("docs/guides/export.md", "bash"))
+    out = run(["bash", "-euo", "pipefail", "-c", START + commands], home)
+    assert "SaRDinE model: runs/SaRDinE-SmolLM2-8x1P" in out and out.count("largest logit difference") == 2
+    (block,) = blocks("docs/guides/export.md", "python")
+    assert "torch.Size([2, 8])" in run([sys.executable, "-c", block], home)
+    assert not any(
+        ".srde_" in name
+        for file in (home / "runs/merged-math").glob("*.safetensors")
+        for name in load_file(file)
+    )
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_inference_guide_run_as_written(home):
+    commands = blocks("docs/guides/inference.md", "bash")
+    assert len(commands) >= 6 and commands[-2].startswith("srde chat")
+    commands[-2] = f"printf 'Hello\\n/exit\\n' | {commands[-2]}"
+    script = f"{START}{TRAIN} --num_experts 6 --output_dir runs/quickstart\n{''.join(commands)}"
+    out = run(["bash", "-euo", "pipefail", "-c", script], home)
+    assert "answers: runs/answers.jsonl" in out and (home / "runs/looked/analysis-001.png").is_file()
+    for block in blocks("docs/guides/inference.md", "python"):
+        run([sys.executable, "-c", block], home)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_experts_guide_run_as_written(home):
+    commands = "".join(blocks("docs/guides/experts.md", "bash"))
+    out = run(["bash", "-euo", "pipefail", "-c", START + commands], home)
+    assert "expert 6 (medicine) is new and zero" in out and "adapter: runs/refitted" in out and "drugs" in out

@@ -253,3 +253,20 @@ def test_the_manifest_of_a_folder_is_readable_without_its_files(tmp_path):
     path = write(tmp_path / "adapter", metadata={"step": 3})
     Path(path, "a.txt").unlink()
     assert read_manifest(path).metadata == {"step": 3}
+
+
+def test_a_folder_of_another_kind_is_not_replaced(tmp_path):
+    with atomic_folder(tmp_path / "a", {"kind": "adapter"}) as folder:
+        (folder / "weights").write_text("mine")
+    for kind, refused in (("merged", True), ("adapter", False), (None, False)):
+        metadata = {} if kind is None else {"kind": kind}
+        if refused:
+            with pytest.raises(
+                UsageError, match="it is of kind adapter, and would be replaced by one of kind merged"
+            ):
+                with atomic_folder(tmp_path / "a", metadata) as folder:
+                    (folder / "x").write_text("x")
+            assert (tmp_path / "a/weights").read_text() == "mine"
+        else:
+            with atomic_folder(tmp_path / "a", metadata) as folder:
+                (folder / "weights").write_text("mine")

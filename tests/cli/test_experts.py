@@ -209,3 +209,14 @@ def test_an_expert_that_is_taken_over_as_a_new_one_is_switched_on_by_hand(say, f
     ]
     assert f"it is disabled: srde experts disable 4 --undo --adapter {adapter}" in say(*words)[1]
     assert "disabled: none" in say("disable", "4", "--undo", "--adapter", adapter)[1]
+
+
+def test_a_checkpoint_is_not_changed_in_place(adapter, tmp_path):
+    from srde.artifacts import verify, write_manifest
+
+    (adapter / "optimizer.pt").write_bytes(b"state")
+    write_manifest(adapter, {"kind": "checkpoint", "step": 8})
+    with pytest.raises(UsageError, match="a checkpoint that its run may go on from"):
+        main(["freeze", "0", "--adapter", str(adapter)])
+    assert verify(adapter).metadata["kind"] == "checkpoint"
+    assert main(["freeze", "0", "--adapter", str(adapter), "--output_dir", str(tmp_path / "new")]) == 0

@@ -165,7 +165,7 @@ def test_a_quantised_base_answers(ask, kind):
         (["--prompt", "a", "--top_p", "0.9"], "top_p=0.9: it is for drawn tokens"),
         (["--prompt", "a", "--base", "--expert", "1"], "base=True: it cannot be used with --route or --expert"),
         (["--prompt", "a", "--base", "--analysis"], "analysis='off': the base has no experts to look at"),
-        (["--prompt", "a", "--route", "b", "--expert", "1"], "route and expert=('b', 1): they exclude each other"),
+        (["--prompt", "a", "--route", "b", "--expert", "1"], "route and expert=('b', '1'): they exclude each other"),
         (["--prompt", "a", "--route", "maths"], "expert='maths': the adapter's experts are numbered 0 to 3, named math"),
         (["--prompt", "a", "--device", "nothing"], "device='nothing': this torch cannot use it"),
         (["--prompt", "a", "--batch_size", "-1"], "batch_size=-1: a batch has at least 1 prompt"),

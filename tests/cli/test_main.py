@@ -121,7 +121,7 @@ def test_eval_compares_with_the_base_and_writes_the_report(trained, capsys, tmp_
     ("argv", "message"),
     [
         (["generate", "--adapter", "/nowhere", "--prompt", "a"], "adapter='/nowhere': it must be a folder or hub id"),
-        (["generate", "--adapter", "OUT", "--prompt", "a", "--expert", "8"], "forced expert=8: routed experts are"),
+        (["generate", "--adapter", "OUT", "--prompt", "a", "--expert", "8"], "expert='8': the adapter's experts are"),
         (["generate", "--adapter", "OUT", "--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens=0: an answer needs"),
         (["generate", "--adapter", "OUT", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0: it must be at least 0"),
         (["eval", "--adapter", "OUT", "--eval_file", "/nowhere.jsonl"], "/nowhere.jsonl: file: does not exist"),

@@ -4,9 +4,10 @@ from itertools import product
 
 import pytest
 import torch
-from reference import build, slow_dense, slow_mlp
+from reference import Gated, build, slow_dense, slow_mlp
 
-from srde.core import NeuronDelta, Route, Router, choose_path, contract, expand, routed_mlp
+from srde.core import NeuronDelta, Route, Router, choose_path, contract, expand, routed_mlp, try_layout
+from srde.core.layout import _fit
 
 KINDS = ["gated", "plain"]
 GRANULARITIES = ["neuron", "element"]
@@ -206,3 +207,29 @@ def test_the_path_follows_the_cost_rule(rewritten, tokens, recording, want):
     with torch.set_grad_enabled(recording):
         assert choose_path(delta, router(torch.randn(tokens, 4))) == want
         assert choose_path(delta, router(torch.randn(tokens, 4)), "grouped") == "grouped"
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [2, 6, 7])
+def test_one_more_locked_expert_changes_no_bit(experts, dtype, tokens):
+    """At widths where one more row in a product would change how it rounds."""
+    torch.manual_seed(0)
+    width, hidden = 256, 1024
+    block = Gated(width, hidden).to(dtype).requires_grad_(False)
+    layout = try_layout(block, _fit(block))
+    x = torch.randn(tokens, width, dtype=dtype)
+    small, large = Router(width, experts, 2), Router(width, experts + 1, 2)
+    few, many = NeuronDelta(width, hidden, 3, experts, 0.02), NeuronDelta(width, hidden, 3, experts + 1, 0.02)
+    for delta in (few, many):
+        delta.set_masks([torch.rand(hidden, width), torch.rand(hidden, width), torch.rand(width, hidden)])
+    many.index[:experts] = few.index
+    few.values.data.normal_(std=0.05)
+    many.values.data[:, :experts] = few.values.data
+    many.values.data[:, experts] = float("nan")  # nothing of it may be used
+    large.weight.data[:experts] = small.weight.data
+    large.lock([experts])
+    with torch.no_grad():
+        before = routed_mlp(block, layout, x, [(few, small(x))])
+        after = routed_mlp(block, layout, x, [(many, large(x))])
+    assert torch.equal(before, after) and not torch.equal(before, block(x))

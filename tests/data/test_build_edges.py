@@ -42,6 +42,7 @@ def test_an_edited_card_stays(make, tmp_path):
     assert not build(make("out")).fresh and card.read_text().endswith("more")
 
 
+@pytest.mark.slow
 def test_a_file_sorted_by_domain(make, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK_ROWS", 20)
     made = rows(600, seed=4)
@@ -79,6 +80,7 @@ def test_a_part_that_took_the_result_says_so_again(make, tmp_path):
     assert not merge(parts, parts[0]).fresh
 
 
+@pytest.mark.slow
 def test_a_template_that_asks_for_the_day(make, tmp_path, monkeypatch):
     dated = "{{ strftime_now('%d %b %Y') }}\n" + CHAT_TEMPLATE
     folder = tmp_path / "dated"

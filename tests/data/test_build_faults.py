@@ -34,6 +34,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_what_was_there(make, tmp_path, mo
     assert result(tmp_path / "out") == result(tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_disk_that_is_really_full(make, tmp_path):
     """F10: small tmpfs, each too small at another moment of the build."""

@@ -308,6 +308,7 @@ def test_a_place_without_data_files_is_refused(tmp_path, name, message):
 TERMS = {"min_terms": 2, "max_terms": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

@@ -43,7 +43,7 @@ def key(row):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_goes_on_at_the_exact_row_with_any_number_of_workers(work, order, workers):
     dataset = PackedDataset(work, order=order, seed=3)
     loader = PackedLoader(dataset, batch_size=3)

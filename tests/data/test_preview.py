@@ -305,6 +305,7 @@ def test_help_says_what_the_verb_does(capsys, verb):
     assert "\n\nPrints " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_a_terminal_gets_colours_unless_asked_not_to(tmp_path, tokenizer_folder, no_color):
     path = write(tmp_path / "rows.jsonl", *ROWS)

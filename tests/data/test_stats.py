@@ -363,6 +363,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     assert "<script>alert('1')</script>" in " ".join(found.texts), "it is shown as the text it is"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 30, pytest.param(60, marks=pytest.mark.slow)])
 def test_any_number_of_domains_and_sources_can_be_drawn(tmp_path, count):
     rows = [row(f"{i}", domain=f"domain {i}", source=f"source {i}") for i in range(count)]

@@ -100,6 +100,7 @@ def test_programs_run_with_leave(home, monkeypatch, capsys):
 def test_tasks_go_to_the_harness(home, tmp_path, monkeypatch, capsys):
     calls = []
     fake = ModuleType("srde.eval.harness")
+    fake.KIND = "lm-eval results"
     fake.run_tasks = lambda model, tokenizer, tasks, **options: calls.append((tasks, options)) or {"srde": {}}
     fake.save_tasks = lambda result, folder: calls.append((result, folder)) or [tmp_path / "results.json"]
     fake.tasks_table = lambda result: "the table of tasks"
@@ -170,6 +171,7 @@ def runs(home, tmp_path, monkeypatch):
     (tmp_path / "runs/quickstart/data/test.jsonl").write_bytes(2 * (home / "rows.jsonl").read_bytes())
     monkeypatch.chdir(tmp_path)
     fake = ModuleType("srde.eval.harness")
+    fake.KIND = "lm-eval results"
     fake.run_tasks, fake.save_tasks, fake.tasks_table = lambda *_, **options: options, None, str
     monkeypatch.setitem(sys.modules, "srde.eval.harness", fake)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from srde.errors import DataError, UsageError
 from srde.eval import losses
 from srde.eval.evaluate import ANY, compare, evaluate, steps
 from srde.eval.losses import keeps_logits, read
-from srde.eval.report import used_experts
+from srde.eval.report import save_report, used_experts
 from srde.eval.sample import spread
 from srde.infer.generate import generate
 from srde.train.measure import specialisation
@@ -284,7 +285,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(setting):
     bad = row("math", "what is 1", "two", line=7, kind="number", answer="two")
     calls = []
     hook = model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(DataError, match=r"f:7: answer: cannot be scored: answer='two': must be one number"):
+    with pytest.raises(
+        DataError, match=r"f:7: answer: cannot be scored as number: answer='two': must be one number"
+    ):
         evaluate(model, tokenizer, [*rows, bad])
     long = row("math", "what is 1", "3 " * 3000, line=9)
     with pytest.raises(
@@ -306,3 +309,43 @@ def test_fewer_rows_are_spread_over_the_domains():
     assert kept == spread(rows, 18) == sorted(kept, key=rows.index) and kept != spread(rows, 18, seed=1)
     assert [one.line for one in kept if one.domain == "a"] != list(range(8))
     assert spread(rows, 100) == rows and len(spread(rows, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "metadata"),
+    [
+        ("choice", "A", {"n_options": "4"}),
+        ("choice", "A", {"n_options": 0}),
+        ("choice", "seven", {"n_options": 4}),
+        ("set", ",", {}),
+        ("grid", "abc", {}),
+        ("exact", "yes", {"options": 5}),
+        ("exact", "yes", {"options": [5, 6]}),
+        ("one_of", 5, {}),
+        ("reasoning_gym", "5", {}),
+        ("reasoning_gym", "5", {"source_dataset": "no_such_task"}),
+    ],
+)
+def test_answers_of_another_type_are_told_by_file_and_line(setting, kind, answer, metadata):
+    model, tokenizer, rows, _ = setting
+    bad = row("math", "what is 1", "A", line=5, kind=kind, answer=answer, metadata=metadata)
+    with pytest.raises(DataError, match=rf"f:5: answer: cannot be scored as {kind}: "):
+        evaluate(model, tokenizer, [*rows, bad])
+
+
+def test_an_adapter_whose_numbers_are_not_finite_still_has_a_report(setting, tmp_path):
+    tokenizer, rows = setting[1:3]
+    model, _ = adapted()
+    for layer in model.srde.layers.values():
+        layer.srde_experts["default"].values.data.fill_(1e30)
+    found = evaluate(model, tokenizer, rows[:2], max_new_tokens=1)
+    save_report(tmp_path, found, None, {})
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["srde"]["all"]["loss"] is None and (tmp_path / "report.html").is_file()
+
+
+def test_all_experts_disabled_beside_a_null_expert(setting):
+    tokenizer, rows = setting[1:3]
+    model, _ = adapted(null_expert=True, disabled_experts=[0, 1, 2, 3])
+    found = evaluate(model, tokenizer, rows[:2], max_new_tokens=1)
+    assert found.routing.open_experts == () and found.routing.dead == ()

@@ -232,7 +232,7 @@ def test_routes_and_experts_are_what_the_model_does(adapter):
     ("settings", "message"),
     [
         ({"route": "biology"}, "expert='biology': the adapter's experts are numbered 0 to 3, named math, code, law"),
-        ({"expert": 4}, "expert=4: routed experts are numbered 0 to 3"),
+        ({"expert": 4}, "expert=4: the adapter's experts are numbered 0 to 3"),
         ({"expert": 1, "route": "off"}, "they exclude each other"),
         ({"max_len": 8}, "model_args='max_len': the model srde has no such argument. the nearest is max_length"),
         ({"peft": "x"}, "the adapter is named by adapter"),
@@ -312,6 +312,7 @@ def test_a_model_without_experts_and_without_samples(base, tasks, own):
     assert "samples" not in result["srde"]
 
 
+@pytest.mark.slow
 def test_a_chat_template_is_applied_and_few_shots_become_turns(adapter, tasks):
     model, tokenizer = load_adapter(adapter)
     settings = {"include_path": tasks, "limit": 1, "num_fewshot": 2, "apply_chat_template": True}

@@ -171,6 +171,18 @@ def test_wrong_commands(place, tmp_path, argv, message, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_not_written_over(place, tmp_path, capsys):
+    save_adapter(routed(place), tmp_path / "mine")
+    (tmp_path / "mine/README.md").unlink(
+        missing_ok=True
+    )  # or the folder is refused for this file that srde did not write
+    before = {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()}
+    for how in ([], ["--format", "merged", "--expert", "0"]):
+        assert run("--adapter", tmp_path / "mine", "--output_dir", tmp_path / "mine", *how) == 1
+        assert "it is of kind adapter" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()} == before
+
+
 # ---- merged -----------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +243,18 @@ def test_a_wrong_merge_is_found(place, monkeypatch):
     whole = type(model.base_model).merge_and_unload
     monkeypatch.setattr(type(model.base_model), "merge_and_unload", lambda self, **how: whole(self, expert=1))
     with pytest.raises(ArtifactError, match="logits may differ"):
+        merge(model, tokenizer, expert=0)
+
+
+def test_a_merge_that_forgets_the_experts_is_found_whatever_the_bound(place, monkeypatch):
+    model, tokenizer = load_adapter(str(place / "adapter"), "bfloat16")
+    for layer in model.srde.layers.values():
+        layer.srde_experts["default"].values.data *= 0.1  # a small change: within the bound of bfloat16
+    whole = type(model.base_model).merge_and_unload
+    monkeypatch.setattr(
+        type(model.base_model), "merge_and_unload", lambda self, **how: whole(self, weights=[-1.0, 0, 0, 0])
+    )
+    with pytest.raises(ArtifactError, match="rounding changed it more than the experts do"):
         merge(model, tokenizer, expert=0)
 
 

@@ -73,3 +73,21 @@ def test_what_is_neither_is_refused(place, tmp_path):
         open_model(str(place / "sardine"), "int3")
     with pytest.raises(UsageError, match="no experts"):
         experts_config(tiny())
+
+
+@pytest.mark.security
+def test_no_code_of_a_folder_is_run(place, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    export_sardine(Source(str(place / "adapter")), tmp_path / "made")
+    (tmp_path / "made/MANIFEST.json").unlink()
+    for file in (tmp_path / "made").glob("*.py"):
+        file.write_text(
+            f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n" + file.read_text()
+        )
+    model, _ = open_model(str(tmp_path / "made"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert type(model) is type(again) is SaRDinEForCausalLM
+    again.save_pretrained(tmp_path / "again")
+    assert "pathlib.Path(" not in (tmp_path / "again/modeling_sardine.py").read_text()
+    assert not (tmp_path / "ran").exists()

@@ -56,6 +56,7 @@ def place(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_export_goes_to_the_hub_and_comes_back_without_srde(hub, place):
     argv = [
         "export",

@@ -3,14 +3,15 @@
 import pytest
 import torch
 from accelerate import dispatch_model
-from adapters import adapted, tokens
+from adapters import adapted, fill, tokens
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from srde import SaRDinEConfig, SaRDinEForCausalLM, SrdeConfig
-from srde.errors import ArtifactError, UsageError
+from srde.errors import ArtifactError, ConfigError, UsageError
 from srde.hub.convert import from_adapter
-from tiny import tiny
+from tiny import MODELS, SPECIAL, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = tokens()
@@ -201,6 +202,42 @@ def test_experts_that_name_no_base_are_refused(alone):
         SaRDinEForCausalLM.from_pretrained(alone[0] / "made", config=config)
 
 
+def test_a_base_that_has_changed_is_not_left_out(alone):
+    read = SaRDinEForCausalLM.from_pretrained(alone[0] / "made")
+    read.resize_token_embeddings(80)
+    with pytest.raises(UsageError, match="its vocabulary"):
+        read.save_pretrained(alone[0] / "again")
+    read.config.base_inside = True
+    read.save_pretrained(alone[0] / "again")
+    assert logits(SaRDinEForCausalLM.from_pretrained(alone[0] / "again")).shape[-1] == 80
+    read = SaRDinEForCausalLM.from_pretrained(alone[0] / "made")
+    read.base.lm_head.requires_grad_()
+    with pytest.raises(UsageError, match=r"base.lm_head.weight"):
+        read.save_pretrained(alone[0] / "other")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_settings_are_given_as_for_any_model(folder, alone, inside):
+    place = folder[0] if inside else alone[0] / "made"
+    read = SaRDinEForCausalLM.from_pretrained(
+        place, use_cache=False, output_hidden_states=True, attn_implementation="eager"
+    )
+    assert read.base.config.use_cache is False and read.base.config._attn_implementation == "eager"
+    with torch.no_grad():
+        out = read(IDS)
+    assert out.past_key_values is None and len(out.hidden_states) == 3
+    one = SaRDinEForCausalLM.from_pretrained(place, num_experts_per_tok=1)
+    assert {r.top_k for layer in one.srde.layers.values() for r in layer.active_routers()} == {1}
+
+
+def test_it_generates_from_embeddings(folder):
+    read = SaRDinEForCausalLM.from_pretrained(folder[0])
+    read.generation_config.pad_token_id = 0
+    given = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False}
+    text = read.generate(inputs_embeds=read.get_input_embeddings()(IDS), **given)
+    assert torch.equal(text, read.generate(IDS, **given)[:, IDS.shape[1] :])
+
+
 # ---- damaged and unfit --------------------------------------------------------------------------------------------------
 
 
@@ -307,3 +344,125 @@ def test_an_int8_base(folder):
         folder[0], quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=torch.float32
     )
     assert 0 < (logits(read) - folder[1]).abs().max() < 0.1
+
+
+# ---- what else users do with a model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_base_of_several_modalities(inside, tmp_path):
+    from transformers import AutoModelForImageTextToText, Mistral3Config
+
+    torch.manual_seed(0)
+    text = {"model_type": "mistral", **MODELS["mistral"], **SPECIAL}
+    vision = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 32, "image_size": 28, "patch_size": 14}
+    base = AutoModelForImageTextToText.from_config(
+        Mistral3Config(text_config=text, vision_config=vision, image_token_index=3)
+    ).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = fill(get_peft_model(base, SrdeConfig(num_experts=4, target_sparsity=0.05))).eval()
+    before, written = logits(model), generated(model)
+    from_adapter(model, base_inside=inside, base_name=str(tmp_path / "base")).save_pretrained(
+        tmp_path / "made"
+    )
+    read = SaRDinEForCausalLM.from_pretrained(tmp_path / "made")
+    assert torch.equal(logits(read), before) and torch.equal(generated(read), written)
+
+
+def test_lora_on_a_sardine_model(folder):
+    from peft import LoraConfig
+
+    read = get_peft_model(
+        SaRDinEForCausalLM.from_pretrained(folder[0]),
+        LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    ).eval()
+    changed = logits(read)
+    assert (changed - folder[1]).abs().max() > 1e-3
+    with read.disable_adapter():
+        assert torch.equal(logits(read), folder[1])
+    torch.testing.assert_close(logits(read.merge_and_unload()), changed, atol=1e-5, rtol=0)
+
+
+def test_loading_information_and_variants_with_the_base_elsewhere(alone):
+    read, info = SaRDinEForCausalLM.from_pretrained(alone[0] / "made", output_loading_info=True)
+    assert info["missing_keys"] == set()
+    read.save_pretrained(alone[0] / "again", variant="fp32")
+    assert (alone[0] / "again/model.fp32.safetensors").is_file()
+    again = SaRDinEForCausalLM.from_pretrained(alone[0] / "again", variant="fp32")
+    assert torch.equal(logits(again), alone[1])
+
+
+def test_settings_that_trainers_set_reach_the_base(folder):
+    read = SaRDinEForCausalLM.from_pretrained(folder[0])
+    read.config.use_cache = False
+    read.config.pad_token_id = 5
+    assert (
+        read.base.config.use_cache is False and read.base.config.pad_token_id == 5 == read.config.pad_token_id
+    )
+    with torch.no_grad():
+        assert read(IDS).past_key_values is None
+    assert "use_cache" not in {key for key in read.config.to_dict() if key != "base_config"}
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "model.bin"])
+def test_an_index_may_not_lead_out_of_the_folder(alone, name):
+    import json
+
+    place = alone[0] / "made"
+    (place / "model.safetensors").rename(alone[0] / "secret.safetensors")
+    name = name.replace("/secret", f"{alone[0]}/secret") if name.startswith("/") else name
+    (place / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"x": name}})
+    )
+    with pytest.raises(ArtifactError, match="files of the same folder"):
+        SaRDinEForCausalLM.from_pretrained(place)
+
+
+@pytest.mark.security
+def test_a_configuration_that_promises_too_much_makes_no_room(alone):
+    import json
+    import resource
+
+    file = alone[0] / "made/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts": 3_000_000}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ArtifactError, match="the configuration says"):
+        SaRDinEForCausalLM.from_pretrained(alone[0] / "made")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_experts", "8"), ("num_experts", 0), ("num_experts_per_tok", 5), ("num_experts_per_tok", 0), ("sparsity", 2),
+        ("router_temperature", 0), ("granularity", "x"), ("expert_names", ["a"]), ("disabled_experts", [99]),
+        ("disabled_experts", [0, 1, 2, 3]), ("mlps", {"model.layers.0.mlp": 7}), ("num_shared_experts", -1),
+    ],
+)  # fmt: skip
+def test_configurations_that_no_model_has_are_refused(folder, field, value):
+    import json
+
+    file = folder[0] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises((ConfigError, StrictDataclassFieldValidationError), match=field):
+        SaRDinEForCausalLM.from_pretrained(folder[0])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("damage", ["nan", "negative", "far"])
+def test_damaged_numbers_are_refused(folder, alone, inside, damage):
+    from safetensors.torch import load_file, save_file
+
+    place = folder[0] if inside else alone[0] / "made"
+    tensors = load_file(place / "model.safetensors")
+    kind = "values" if damage == "nan" else "index"
+    tensors[f"base.model.layers.1.mlp.srde_experts.default.{kind}"].view(-1)[3] = {
+        "nan": float("nan"),
+        "negative": -1,
+        "far": 10**9,
+    }[damage]
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"experts of model.layers.1.mlp"):
+        SaRDinEForCausalLM.from_pretrained(place)

@@ -62,7 +62,7 @@ def test_an_unknown_route_leaves_the_present_one(chat):
     chat.set_route("code")
     with pytest.raises(ConfigError, match="expert='maths'"):
         chat.set_route("maths")
-    with pytest.raises(ConfigError, match="forced expert=9"):
+    with pytest.raises(ConfigError, match="expert=9"):
         chat.set_route(expert=9)
     assert chat.route == ("code", None) and {p.expert for p in chat.say("yes")} == {1}
 

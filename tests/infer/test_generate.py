@@ -1,11 +1,15 @@
 """Answers: the same text as Transformers gives one by one, and the experts that produced them."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 
 from srde import SrdeConfig
-from srde.infer.generate import generate
+from srde.errors import ConfigError
+from srde.infer.generate import Answer, generate
+from srde.infer.stream import stream
 from tiny import VOCABULARY, tiny, tiny_tokenizer
 
 PROMPTS = ["what is 1", "how many are there 2 3 4 5 6 7 8 9", "yes"]
@@ -70,3 +74,23 @@ def test_a_forced_expert_is_the_one_that_speaks(adapted):
     with model.disable_adapter():
         base = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
     assert [a.load_E for a in base] == [None] * 3 and [a.text for a in base] != texts
+
+
+def test_a_tokenizer_without_a_pad_token_answers_alike(named):
+    model, tokenizer = named
+    prompts = ["one two", "what is this and that", "7"]
+    wanted = [answer.ids for answer in generate(model, tokenizer, prompts, max_new_tokens=4)]
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    assert [answer.ids for answer in generate(model, bare, prompts, max_new_tokens=4)] == wanted
+    assert "".join(piece.text for piece in stream(model, bare, prompts, max_new_tokens=4))
+
+
+def test_several_answers_per_prompt_are_refused(named):
+    with pytest.raises(ConfigError, match="num_return_sequences=2: each prompt gets one answer"):
+        generate(*named, ["a"], do_sample=True, temperature=1.0, num_return_sequences=2)
+
+
+def test_no_expert_spoke_where_all_gates_are_zero():
+    assert Answer("", 1, torch.zeros(4), 4).expert is None and Answer("", 1, None).expert is None
+    assert Answer("", 1, torch.tensor([0, 0.2, 0.8]), 2).expert == 1

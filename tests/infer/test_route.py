@@ -63,8 +63,8 @@ def test_a_mixture_has_the_gates_that_were_written(named):
         (("maths",), "expert='maths': the adapter's experts are numbered 0 to 3, named math, code, logic"),
         (("7",), "expert='7': the adapter's experts are numbered 0 to 3"),
         (("code,",), "expert='': the adapter's experts are numbered"),
-        ((None, 4), "forced expert=4: routed experts are numbered 0 to 3"),
-        ((None, -1), "expert=-1: experts are numbered from 0"),
+        ((None, 4), "expert=4: the adapter's experts are numbered 0 to 3"),
+        ((None, -1), "expert=-1: the adapter's experts are numbered 0 to 3"),
         (("code", 1), "route and expert=('code', 1): they exclude each other"),
         (("math=1,0=1",), "an entry is an expert that no other entry names, '=' and a number; '0=1' is none"),
         (("code=much",), "'code=much' is none"),
@@ -80,10 +80,18 @@ def test_what_cannot_be_meant_is_refused(named, route, message):
     assert message in str(error.value)
 
 
+def test_disabled_experts_are_no_route_but_can_be_forced():
+    model = adapted(disabled_experts=[1], expert_names=["math", "code", "math", "logic"])
+    with pytest.raises(ConfigError, match="all of its experts are disabled"), routed(model, "code"):
+        pass
+    assert used(model, None, "code") == {1} == used(model, None, 1)
+    assert used(model, "math,code") == {0, 2}
+
+
 def test_names_of_an_adapter_without_names(named):
     with pytest.raises(
         ConfigError,
-        match="0 to 3 and have no names. pass a number, or give them names with `srde experts name`",
+        match=r"0 to 3 and have no names\. pass a number, or give them names with `srde experts name`",
     ):
         with routed(adapted(), "math"):
             pass

@@ -139,7 +139,13 @@ def test_extra_flops_of_decoding_together(case):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_shared_experts": 1}, {"null_expert": True}], ids=["", "shared", "null"]
+    "settings",
+    [
+        {},
+        pytest.param({"num_shared_experts": 1}, marks=pytest.mark.slow),
+        pytest.param({"null_expert": True}, marks=pytest.mark.slow),
+    ],
+    ids=["", "shared", "null"],
 )
 def test_a_token_decoded_alone_reads_what_it_multiplies(settings, tmp_path):
     config_of("llama").save_pretrained(tmp_path)
@@ -220,6 +226,7 @@ def test_other_settings(settings, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(tiny.MODELS.keys() - KINDS.keys()))
 def test_every_other_architecture(kind, tmp_path):
     base = tiny.tiny(kind)
@@ -232,6 +239,7 @@ def test_every_other_architecture(kind, tmp_path):
     assert plan.adapters[0].runs[0].step.activation_bytes == close(saved_bytes(model.train()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_of_rows_that_are_not_packed(kind, tmp_path):
     plan = planned(tmp_path, kind, torch.bfloat16, packing=False)
@@ -240,6 +248,7 @@ def test_activations_of_rows_that_are_not_packed(kind, tmp_path):
         assert adapter.runs[0].step.activation_bytes == close(saved_bytes(model.train(), packing=False))
 
 
+@pytest.mark.slow
 def test_with_a_null_expert_the_grouped_path_is_an_upper_bound(tmp_path):
     plan = planned(tmp_path, "llama", torch.float32, null_expert=True)
     model = with_adapter("llama", torch.float32, plan.adapters[0], null_expert=True)

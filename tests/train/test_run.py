@@ -206,6 +206,7 @@ def test_the_address_of_the_webhook_is_in_nothing_that_a_run_leaves(data, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_other_held_out_rows_are_refused_on_resume_or_measured_anew(data, tmp_path, capsys):
     base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
     more = ["--save_steps", "2", "--eval_steps", "2"]
@@ -224,6 +225,7 @@ def test_other_held_out_rows_are_refused_on_resume_or_measured_anew(data, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_what_is_done_once_is_not_done_again_by_a_longer_run(data, tmp_path, capsys):
     base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
     train(

@@ -45,6 +45,7 @@ print(json.dumps(failed))
 """
 
 
+@pytest.mark.slow
 def test_every_order_of_imports_registers_the_method():
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(ORDERS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)

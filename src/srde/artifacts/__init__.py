@@ -14,7 +14,7 @@ files, names that lead out of the folder. Not covered: power loss on hardware th
 systems, several machines (or several process-id namespaces) writing into one folder at once.
 """
 
-from srde.artifacts.folder import atomic_folder
+from srde.artifacts.folder import atomic_folder, require_replaceable
 from srde.artifacts.leftovers import standing, sweep
 from srde.artifacts.manifest import (
     FORMAT_VERSION,
@@ -33,6 +33,7 @@ __all__ = [
     "Manifest",
     "atomic_folder",
     "read_manifest",
+    "require_replaceable",
     "standing",
     "sweep",
     "verify",

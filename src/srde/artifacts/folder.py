@@ -39,8 +39,8 @@ def atomic_folder(
     When the body raises, nothing of it remains and the old version, if any, stands untouched.
 
     Args:
-        path: The final name. A folder that srde wrote before is replaced whole; parents are made.
-        metadata: JSON values for the manifest.
+        path: The final name. A folder of the same kind that srde wrote before is replaced whole; parents are made.
+        metadata: JSON values for the manifest; `kind` says what the folder is.
         expected_bytes: About how many bytes will be written, if known; a disk too full for them is then told before
             anything is written.
 
@@ -50,7 +50,7 @@ def atomic_folder(
             left something other than plain files.
     """
     final = Path(os.path.realpath(path))
-    _require_replaceable(final)
+    require_replaceable(final, (metadata or {}).get("kind"))
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(final)
     if temporary in being_written:
@@ -91,20 +91,34 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     disk.flush(final.parent)
 
 
-def _require_replaceable(final: Path) -> None:
-    """Refuses to remove what srde did not write: no folder goes with somebody's own files in it."""
+def require_replaceable(path: str | os.PathLike[str], kind: str | None = None) -> None:
+    """Refuses to remove what srde did not write: no folder goes with somebody's own files in it; nor one of another kind.
+
+    Args:
+        path: What would be replaced.
+        kind: What it would be replaced by, as the manifest's metadata say; None where they do not.
+
+    Raises:
+        UsageError: It must not be replaced.
+    """
+    final = Path(os.path.realpath(path))
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     fix = "Name another folder, or remove this one yourself"
     if not (final / MANIFEST_NAME).is_file():
         raise UsageError.of("path", str(final), rule="it exists and srde did not write it", fix=fix)
     try:
-        listed = {entry.file for entry in read_manifest(final).files}
+        manifest = read_manifest(final)
     except ArtifactError:
         return  # a damaged folder of ours: a new save is how it is mended
+    listed = {entry.file for entry in manifest.files}
     found = {file.relative_to(final).as_posix() for file in final.rglob("*") if not file.is_dir()}
     if foreign := sorted(found - listed - {MANIFEST_NAME}):
         rule = f"replacing it would remove files that srde did not write: {', '.join(foreign[:3])}"
+        raise UsageError.of("path", str(final), rule=rule, fix=fix)
+    there = manifest.metadata.get("kind")
+    if kind is not None and there is not None and there != kind:
+        rule = f"it is of kind {there}, and would be replaced by one of kind {kind}"
         raise UsageError.of("path", str(final), rule=rule, fix=fix)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from srde.data.rows import Row
 
 WIDTH = 100  # where the output is no terminal and nothing says how wide it is
+TASKS = "tasks"  # where the results of --tasks go, in --output_dir
 FOR_TASKS = ("include_path", "num_fewshot", "limit", "apply_chat_template")
 FOR_ROWS = ("max_rows", "general_file", "by")
 
@@ -35,6 +37,11 @@ def main(argv: list[str]) -> int:
         console.width = WIDTH
     rows, general = _rows(args, console)
     adapter = adapter_folder(args.adapter)
+    if args.tasks and args.output_dir:  # what is refused now is not lost later
+        from srde.artifacts import require_replaceable
+        from srde.eval.harness import KIND
+
+        require_replaceable(Path(args.output_dir) / TASKS, KIND)
     model, tokenizer = open_model(adapter, args.dtype, args.model_name_or_path)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
@@ -135,7 +142,8 @@ def _rows(args: argparse.Namespace, console: Console) -> tuple[list[Row], list[R
     )
     counts = ", ".join(f"{domain} {len(mine):,}" for domain, mine in by_domain(rows).items())
     console.print(
-        f"{plural(len(rows), 'row')}{few}: {counts}; {plural(len(general), 'paragraph')} of general text"
+        f"{plural(len(rows), 'row')}{few}: {counts}; {plural(len(general), 'paragraph')} of general text",
+        soft_wrap=True,
     )
     return rows, general
 
@@ -211,5 +219,5 @@ def _tasks(args: argparse.Namespace, model: Any, tokenizer: Any, console: Consol
     )
     console.print(tasks_table(result))
     if args.output_dir:
-        for file in save_tasks(result, args.output_dir):
+        for file in save_tasks(result, Path(args.output_dir) / TASKS):
             console.print(str(file), soft_wrap=True)

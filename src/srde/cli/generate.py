@@ -275,7 +275,7 @@ def add_route_flags(parser: argparse.ArgumentParser) -> None:
         "--route",
         help="auto, off (the base), an expert's name or number, several (math,code), or a mixture (math=0.7,code=0.3)",
     )
-    group.add_argument("--expert", type=int, help="force one expert for every token")
+    group.add_argument("--expert", help="force one expert, by number or name, for every token")
     group.add_argument("--base", action="store_true", help="switch the adapter off, as --route off")
     group.add_argument("--show_routing", action="store_true", help="show each token's expert")
 

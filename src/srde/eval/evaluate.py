@@ -25,6 +25,7 @@ from srde.eval.routing import RoutingStatistics, routing_statistics
 from srde.eval.scoring import CODE, is_asked, score_row
 from srde.hub.open import experts_config
 from srde.infer.generate import generate
+from srde.infer.prompts import padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +89,7 @@ def evaluate(
     ]
     check_lengths(model, [*lengths, *(len(one.input_ids) for one in texts)], [*rows, *general])
 
-    options: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id or 0, "batch_size": batch_size}
+    options: dict[str, Any] = {"pad_token_id": padding_id(tokenizer), "batch_size": batch_size}
     items = _read_rows(model, tokenizer, rows, encoded, options, progress)
     paragraphs = read(model, [row_passage(one, None) for one in texts], **options, progress=progress)
 
@@ -132,6 +133,10 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[En
     return found
 
 
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+
+
 def _check_answers(rows: Sequence[Row]) -> None:
     """Scores the known responses, so that an answer that cannot be scored is found before the model has spoken for an hour; and
     sees to it that programs could be run."""
@@ -144,8 +149,11 @@ def _check_answers(rows: Sequence[Row]) -> None:
             continue
         try:
             score_row(row, row.response)
-        except UsageError as error:
-            raise DataError.at(row.file, row.line, "answer", f"cannot be scored: {error}") from error
+        # a row may hold any JSON: what a scorer makes of an answer of another type is a defect of the row
+        except (UsageError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise DataError.at(
+                row.file, row.line, "answer", f"cannot be scored as {row.kind}: {_reason(error)}"
+            ) from error
 
 
 def _read_rows(

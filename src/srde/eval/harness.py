@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95  # of the intervals
 PARTS = ("srde", "base")
+KIND = "lm-eval results"
 COMPARISON = "comparison.json"
 Results = dict[str, Any]
 
@@ -228,7 +229,7 @@ def save_tasks(result: Results, folder: str | Path) -> list[Path]:
         UsageError: The folder holds something else.
         ArtifactError: lm-eval could not write, or the disk is full.
     """
-    with atomic_folder(folder, {"kind": "lm-eval results"}) as temporary:
+    with atomic_folder(folder, {"kind": KIND}) as temporary:
         for part in PARTS:
             if part in result:
                 _save_part(result[part], result["chat_template"], temporary / part)

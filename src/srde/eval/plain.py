@@ -22,7 +22,16 @@ def as_json(
         out["base"] = _evaluation(base)
         out["difference"] = _comparison(compare(experts, base))
     out["routing"] = None if experts.routing is None else _routing(experts.routing)
-    return out
+    return finite(out)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, wherever it stands: JSON has no other word for it."""
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def answers(experts: Evaluation, base: Evaluation | None) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ class RoutingStatistics:
     @property
     def largest_entropy(self) -> float:
         """The entropy of even shares of the open experts, in nats; 0 if only one is open."""
-        return float(np.log(len(self.open_experts)))
+        return float(np.log(max(len(self.open_experts), 1)))
 
     def relative(self, entropy: float) -> float:
         """An entropy as a part of the largest; 1 where only one expert is open."""
@@ -136,7 +136,7 @@ def routing_statistics(
     still_open = tuple(e for e in range(routed) if e not in set(closed))
     dead = [
         (layer, expert)
-        for layer, expert in np.argwhere(share_LE < DEAD_SHARE / len(still_open)).tolist()
+        for layer, expert in np.argwhere(share_LE < DEAD_SHARE / max(len(still_open), 1)).tolist()
         if expert in still_open
     ]
     return RoutingStatistics(

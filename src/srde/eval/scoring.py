@@ -192,12 +192,24 @@ def _score_number(text: str, answer: Any, relative_tolerance: float) -> bool:
 
 
 def _score_choice(text: str, answer: Any, metadata: Mapping[str, Any]) -> bool:
-    last = chr(ord("A") + metadata.get("n_options", 26) - 1)
+    count, wanted = metadata.get("n_options", 26), str(answer).strip("() ").upper()
+    if type(count) is not int or not 2 <= count <= 26:
+        raise UsageError.of(
+            "n_options", count, rule="must be a whole number from 2 to 26", fix="Correct the row"
+        )
+    last = chr(ord("A") + count - 1)
+    if len(wanted) != 1 or not "A" <= wanted <= last:
+        raise UsageError.of(
+            "answer",
+            answer,
+            rule=f"must be a letter from A to {last} for the kind choice",
+            fix="Correct the row",
+        )
     cues = list(_CUE.finditer(text))
     matches = [_CHOICE_AFTER_CUE.match(text, cues[-1].end())] if cues else []
     matches += [pattern.search(text) for pattern in _CHOICES]
     letters = [next(group for group in match.groups() if group).upper() for match in matches if match]
-    return next((letter for letter in letters if letter <= last), None) == str(answer).strip("() ").upper()
+    return next((letter for letter in letters if letter <= last), None) == wanted
 
 
 def _canonical(text: str) -> str:
@@ -244,6 +256,10 @@ def _items(text: str) -> set[str]:
 
 def _score_set(text: str, answer: Any, metadata: Mapping[str, Any]) -> bool:
     wanted = set().union(*(_items(one) for one in ([answer] if isinstance(answer, str) else answer)))
+    if not wanted:
+        raise UsageError.of(
+            "answer", answer, rule="must name at least one thing for the kind set", fix="Correct the row"
+        )
     bullets = [line for line in text.split("\n") if _BULLET.match(line)]
     after_cue = [text[cue.end() :] for cue in list(_CUE.finditer(text))[-1:]]
     return any(_items(one) == wanted for one in [*_candidates(text), *after_cue, "\n".join(bullets), text])
@@ -263,7 +279,12 @@ def _grid(text: str) -> list[str]:
 def _score_grid(text: str, answer: Any, metadata: Mapping[str, Any]) -> bool:
     cues = list(_CUE.finditer(text))
     predicted = (_grid(text[cues[-1].end() :]) if cues else []) or _grid(text)
-    return predicted == _grid(str(answer))
+    wanted = _grid(str(answer))
+    if not wanted:
+        raise UsageError.of(
+            "answer", answer, rule="must be rows of digits for the kind grid", fix="Correct the row"
+        )
+    return predicted == wanted
 
 
 @cache

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from srde.hub.configuration_sardine import SaRDinEConfig
-from srde.hub.modeling_sardine import ADAPTER, SaRDinEForCausalLM
+from srde.hub.modeling_sardine import SaRDinEForCausalLM
+from srde.hub.reading import ADAPTER
 
 _CITATION = """```bibtex
 @misc{srde2024,

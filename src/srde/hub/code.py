@@ -23,6 +23,7 @@ MODULES = {
     "hub.code": "sardine_code",
     "hub.configuration_sardine": "configuration_sardine",
     "hub.modeling_sardine": "modeling_sardine",
+    "hub.reading": "sardine_reading",
 }
 """Module of the library -> its file's name in an exported model."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from srde.errors import ConfigError
 from srde.tuner.names import NamedExperts
 
 AUTO_MAP = {
@@ -62,6 +64,54 @@ class SaRDinEConfig(NamedExperts, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses what no model can be built from.
+
+        Raises:
+            ConfigError: A field breaks its rule.
+        """
+
+        def require(name: str, holds: bool, rule: str) -> None:
+            if not holds:
+                raise ConfigError.of(
+                    name, getattr(self, name), rule=rule, fix="export the model again, or download it again"
+                )
+
+        def whole(name: str, least: int) -> bool:
+            return type(getattr(self, name)) is int and getattr(self, name) >= least
+
+        def share(name: str, most: float) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+
+        require("num_experts", whole("num_experts", 1), "it must be a whole number of at least 1")
+        experts = range(self.num_experts)
+        fits = whole("num_experts_per_tok", 1) and self.num_experts_per_tok <= self.num_experts
+        require(
+            "num_experts_per_tok", fits, f"it must be a whole number from 1 to num_experts={self.num_experts}"
+        )
+        require(
+            "num_shared_experts", whole("num_shared_experts", 0), "it must be a whole number of at least 0"
+        )
+        require("sparsity", share("sparsity", 1), "it must be above 0 and at most 1")
+        require("router_temperature", share("router_temperature", math.inf), "it must be above 0")
+        require("granularity", self.granularity in ("neuron", "element"), "it must be neuron or element")
+        names = self.expert_names
+        require(
+            "expert_names",
+            names is None or len(names) == self.num_experts,
+            "there must be one for each routed expert",
+        )
+        for name in ("disabled_experts", "frozen_experts"):
+            known = all(type(e) is int and e in experts for e in getattr(self, name) or ())
+            require(name, known, f"routed experts are numbered 0 to {self.num_experts - 1}")
+        closed = len(set(self.disabled_experts or ())) == self.num_experts and not self.null_expert
+        require("disabled_experts", not closed, "at least one expert must stay for the routers to choose")
+        count = len(self.layouts or ())
+        known = all(type(n) is int and 0 <= n < count for n in (self.mlps or {}).values())
+        require("mlps", known, f"each names one of the {count} layouts by its number")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base's, whose cache and vocabulary are the model's."""
@@ -81,6 +131,34 @@ class SaRDinEConfig(NamedExperts, PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """The base's."""
         return self.get_text_config().num_hidden_layers
+
+    @property
+    def use_cache(self) -> bool:
+        """The base's."""
+        return getattr(self.get_text_config(), "use_cache", True)
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        self.get_text_config().use_cache = value
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The base's."""
+        return getattr(self.get_text_config(), "pad_token_id", None)
+
+    @pad_token_id.setter
+    def pad_token_id(self, value: int | None) -> None:
+        self.get_text_config().pad_token_id = value
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The base's."""
+        return getattr(self.get_text_config(), "bos_token_id", None)
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """The base's."""
+        return getattr(self.get_text_config(), "eos_token_id", None)
 
     @property
     def max_position_embeddings(self) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from srde.errors import UsageError
-from srde.hub.modeling_sardine import ADAPTER
+from srde.hub.reading import ADAPTER
 from srde.hub.sardine import SaRDinEConfig, SaRDinEForCausalLM
 from srde.tuner import SrdeConfig, SrdeModel
 from srde.tuner.control import no_adapter

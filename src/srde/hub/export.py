@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srde.artifacts import atomic_folder
+from srde.artifacts import atomic_folder, require_replaceable
 from srde.errors import ConfigError
 from srde.hub.card import is_hub_id, merged_card, sardine_card, shown_name
 from srde.hub.convert import from_adapter
@@ -16,6 +16,7 @@ from srde.hub.merged import Parity, merge
 from srde.hub.modeling_sardine import SHARD_SIZE
 from srde.tuner.loading import load_adapter
 
+SARDINE, MERGED = "sardine", "merged"
 RESULTS_FILE = "eval_results.json"
 SLACK = 64 * 2**20
 """Bytes beside the tensors: tokenizer, code, card."""
@@ -64,9 +65,11 @@ def export_sardine(
 
     Raises:
         ArtifactError: The adapter cannot be read, or the disk is full.
+        UsageError: The folder holds something else.
         ConfigError: The results cannot be read; or the base is to stay out and has no name.
     """
     output_dir = Path(output_dir)
+    require_replaceable(output_dir, SARDINE)  # before anything is loaded
     results = _read_results(source, eval_results)
     model, tokenizer = load_adapter(source.adapter, source.dtype, source.base)
     name = source.base_name or model.peft_config["default"].base_model_name_or_path or source.base
@@ -75,7 +78,7 @@ def export_sardine(
     made = from_adapter(model, base_inside=base_inside, base_name=name)
     tensors = made.state_dict() if base_inside else made.expert_tensors()
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with atomic_folder(output_dir, {"kind": "sardine"}, expected_bytes=needed + SLACK) as folder:
+    with atomic_folder(output_dir, {"kind": SARDINE}, expected_bytes=needed + SLACK) as folder:
         made.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         card = sardine_card(
@@ -126,6 +129,7 @@ def export_merged(
         )
     converter = None if gguf is None else find_converter(llama_cpp or ".")
     output_dir = Path(output_dir)
+    require_replaceable(output_dir, MERGED)
     model, tokenizer = load_adapter(source.adapter, source.dtype, source.base)
     config = model.peft_config["default"]
     if weights is not None:
@@ -142,7 +146,7 @@ def export_merged(
         what = f"the expert {expert}"
     plain, parity = merge(model, tokenizer, expert=number, weights=gates, bound=bound)
     needed = sum(p.numel() * p.element_size() for p in plain.parameters())
-    with atomic_folder(output_dir, {"kind": "merged"}, expected_bytes=needed + SLACK) as folder:
+    with atomic_folder(output_dir, {"kind": MERGED}, expected_bytes=needed + SLACK) as folder:
         plain.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         if converter is not None and gguf is not None:

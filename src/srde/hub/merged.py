@@ -30,9 +30,10 @@ PROBES = (
     "Dear Anna, thank you for the letter, which arrived on",
 )
 """What merged and routed model both read; written for this."""
-BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.01, torch.bfloat16: 0.08}
+BOUNDS = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.15}
 """Largest logit difference that is let through, by the base's type, as a share of the largest logit in size where that is over 1.
-Merged weights are rounded to that type, the routed model's deltas are not: what is left is the rounding of weights."""
+Merged weights are rounded to that type, the routed model's deltas are not: what is left is the rounding of weights. Whatever the
+bound, a model that is further from the adapter than the base is has lost what was merged, and is refused."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Parity:
     Attributes:
         largest: Largest difference of a logit.
         mean: Mean difference of a logit, in size.
+        change: Mean difference that the merged experts make to the base's logits.
         scale: Largest logit in size.
         bound: What `largest` may be.
         same_next: Share of positions at which both have the same likeliest next token.
@@ -51,6 +53,7 @@ class Parity:
 
     largest: float
     mean: float
+    change: float
     scale: float
     bound: float
     same_next: float
@@ -59,9 +62,9 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"largest logit difference {self.largest:.3g} (bound {self.bound:.3g}; logits up to {self.scale:.3g}, mean "
-            f"difference {self.mean:.2g}, {self.dtype}); same next token at {100 * self.same_next:.1f} % of "
-            f"{self.positions} positions"
+            f"largest logit difference {self.largest:.3g} (bound {self.bound:.3g}; logits up to {self.scale:.3g}; mean "
+            f"difference {self.mean:.2g} where the experts make {self.change:.2g}; {self.dtype}); "
+            f"same next token at {100 * self.same_next:.1f} % of {self.positions} positions"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -103,6 +106,8 @@ def merge(
         route = model.srde.force_experts(-1 if expert is None else expert)
     with route:
         before = _logits(model, tokenizer, prompts)
+    with model.disable_adapter():
+        base = _logits(model, tokenizer, prompts)
     dtype = model.dtype
     plain = model.merge_and_unload(expert=expert, weights=weights, safe_merge=True)
     after = _logits(plain, tokenizer, prompts)
@@ -112,6 +117,7 @@ def merge(
     parity = Parity(
         largest=float(difference.max()),
         mean=float(difference.mean()),
+        change=float(torch.cat([(a - b).abs().flatten() for a, b in zip(before, base, strict=True)]).mean()),
         scale=scale,
         bound=BOUNDS[dtype] * max(scale, 1) if bound is None else bound,
         same_next=float(same.float().mean()),
@@ -123,6 +129,11 @@ def merge(
             "merged model", f"{parity.largest:.3g}",
             rule=f"its logits may differ from the adapter's by {parity.bound:.3g}: {parity}",
             fix="merge in float32 with --dtype float32, or allow more with --max_logit_difference",
+        )  # fmt: skip
+    if parity.mean > parity.change > 0 and bound is None:
+        raise ArtifactError.of(
+            "merged model", f"{parity.mean:.3g}", rule=f"rounding changed it more than the experts do: {parity}",
+            fix="merge in float32 with --dtype float32, or allow it with --max_logit_difference",
         )  # fmt: skip
     return plain, parity
 

@@ -3,39 +3,46 @@ and its neighbours are all that is needed beside torch, transformers and safeten
 
 from __future__ import annotations
 
+import copy
 import inspect
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from srde.core.delta import Delta
 from srde.core.layout import MlpLayout
 from srde.core.masks import random_scores
 from srde.core.router import Router
-from srde.errors import ArtifactError
+from srde.errors import ArtifactError, UsageError
 from srde.hub.code import write_code
 from srde.hub.configuration_sardine import SaRDinEConfig
+from srde.hub.reading import ADAPTER, is_expert, read_tensors, require_complete, require_fitting
 from srde.tuner.auto import auto_class, keep_weights_unpacked
 from srde.tuner.control import Routing
 from srde.tuner.fingerprint import check_base
 from srde.tuner.routed_layer import RoutedDown, RoutedLayer, RoutedUp
 from srde.tuner.sites import find_sites
 
-ADAPTER = "default"
 SHARD_SIZE = "5GB"
+NOT_SETTINGS = {"dtype", "quantization_config"}
+"""Fields of configurations that `from_pretrained` takes for other purposes."""
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-class SaRDinELayer(RoutedLayer):
+class _NoTunerLayer:
+    """PEFT takes every module with a `base_layer` for one of its own, and would merge or unload it."""
+
+    def unload_and_optionally_merge_module(self, **_: Any) -> Any:
+        return self
+
+
+class SaRDinELayer(_NoTunerLayer, RoutedLayer):
     """An MLP block with the model's experts."""
 
     active_adapters = (ADAPTER,)
@@ -43,6 +50,10 @@ class SaRDinELayer(RoutedLayer):
 
 class SaRDinEUp(RoutedUp, SaRDinELayer):
     """The D -> F matrix of an MLP that has no module of its own."""
+
+
+class SaRDinEDown(_NoTunerLayer, RoutedDown):
+    """The F -> D matrix that belongs to it."""
 
 
 class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
@@ -76,6 +87,7 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
         self._base_is_given = base is not None
         self.base = auto_class(config.base_config).from_config(config.base_config) if base is None else base
         self.base.requires_grad_(False)
+        self._vocabulary = self.base.get_input_embeddings().weight.shape[0]
         sites = _layouts(config) or find_sites(self.base)
         self.srde = Routing(sites)
         for number, (name, layout) in enumerate(sites.items()):
@@ -103,7 +115,7 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
             holder, own = self.base.get_submodule(name), layout.ups[0]
             down = getattr(holder, layout.down)
             layer: RoutedLayer = SaRDinEUp(getattr(holder, own), name, layout, self.srde, down)
-            setattr(holder, layout.down, RoutedDown(down, layer))
+            setattr(holder, layout.down, SaRDinEDown(down, layer))
         else:
             path, _, own = name.rpartition(".")
             holder = self.base.get_submodule(path)
@@ -159,8 +171,12 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.base.get_decoder()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.base.prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Any = None, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        return self.base.prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def forward(
         self,
@@ -227,10 +243,20 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
             save_directory: The folder.
             args: As in Transformers.
             kwargs: As in Transformers; `max_shard_size` is 5 GB unless given.
+
+        Raises:
+            UsageError: The base is to stay out, and is not any more what lies elsewhere.
         """
         kwargs.setdefault("max_shard_size", SHARD_SIZE)
         if not self.config.base_inside:
-            kwargs["state_dict"] = self.expert_tensors()
+            trained = [name for name, p in self.named_parameters() if p.requires_grad and not is_expert(name)]
+            if trained or self.get_input_embeddings().weight.shape[0] != self._vocabulary:
+                raise UsageError.of(
+                    "base_inside", False,
+                    rule=f"the base has changed ({', '.join(trained[:2]) or 'its vocabulary'}), and would not be saved",
+                    fix="set model.config.base_inside = True",
+                )  # fmt: skip
+            kwargs |= {"state_dict": self.expert_tensors(), "save_original_format": False}
         super().save_pretrained(save_directory, *args, **kwargs)
         write_code(Path(save_directory))
 
@@ -248,17 +274,24 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
             ArtifactError: Tensors are missing, unknown or of other shapes, or the base is another one.
         """
         hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        config = kwargs.get("config")
-        if not isinstance(config, SaRDinEConfig):
-            config = SaRDinEConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            config = SaRDinEConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
         base_name = kwargs.pop("base_model_name_or_path", None)
+        given = {}  # settings of the model, given as for any other
+        for part in (config, config.base_config, config.get_text_config()):
+            for key in ({field.name for field in fields(part)} - NOT_SETTINGS) & kwargs.keys():
+                given[key] = kwargs[key]
+                setattr(part, key, kwargs[key])
+        kwargs = {key: value for key, value in kwargs.items() if key not in given}
+        kwargs["config"] = config
         if not config.base_inside:
             return cls._on_a_base(pretrained_model_name_or_path, config, base_name, hub, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        _require_complete(sorted(filter(is_expert, info["missing_keys"])), sorted(info["unexpected_keys"]))
+        require_complete(sorted(filter(is_expert, info["missing_keys"])), sorted(info["unexpected_keys"]))
         model._finish()
         return (model, info) if wants_info else model
 
@@ -272,60 +305,57 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs: dict[str, Any],
     ) -> Any:
         left_out = (
-            "config",
-            "revision",
-            "subfolder",
-            "state_dict",
-            "output_loading_info",
-            "force_download",
-            "adapter_kwargs",
-        )
-        kwargs = {key: value for key, value in kwargs.items() if key not in left_out}
+            "config", "revision", "subfolder", "state_dict", "output_loading_info", "force_download", "adapter_kwargs", "variant",
+        )  # fmt: skip
+        tensors = read_tensors(name, kwargs.get("variant"), hub)
         base_name = base_name or config.base_model_name_or_path
         if not base_name:
             raise ArtifactError.of(
                 "base model", None, rule="the folder holds experts alone, and does not say of which base",
                 fix="pass base_model_name_or_path=...",
             )  # fmt: skip
-        base = auto_class(config.base_config).from_pretrained(base_name, **kwargs)
+        base = auto_class(config.base_config).from_pretrained(
+            base_name,
+            config=copy.deepcopy(config.base_config),
+            **{key: value for key, value in kwargs.items() if key not in left_out},
+        )
         check_base(config.base_fingerprint, base, base_name)
+        require_fitting(config, _layouts(config) or find_sites(base), tensors)  # before room is made for them
         model = cls(config, base=base)
-        model._take(_read_tensors(name, hub))
+        for own_name, tensor in model.expert_tensors().items():
+            tensor.copy_(tensors[own_name])
         try:
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         except OSError:  # there is none: the base's own
             model.generation_config = base.generation_config
         model._finish()
-        return model.eval()
-
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        own = self.expert_tensors()
-        _require_complete(sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys()))
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise ArtifactError.of(
-                    f"shape of {name}", tuple(tensors[name].shape), rule=f"the configuration says {tuple(tensor.shape)}",
-                    fix="export the model again",
-                )  # fmt: skip
-            tensor.copy_(tensors[name])
+        info: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
+        return (model.eval(), info) if kwargs.get("output_loading_info") else model.eval()
 
     def _finish(self) -> None:
+        for name, layer in self.srde.layers.items():
+            delta, router = layer.srde_experts[ADAPTER], layer.srde_router[ADAPTER]
+            if (
+                delta.values.is_meta or router.weight.is_meta
+            ):  # offloaded: looked at by nobody before it is used
+                continue
+            inside = ((delta.index >= 0) & (delta.index < delta.positions)).all()
+            if (
+                not inside
+                or not torch.isfinite(delta.values).all()
+                or not torch.isfinite(router.weight).all()
+            ):
+                raise ArtifactError.of(
+                    f"experts of {name}", "damaged", rule="values must be finite, and places lie within the MLP",
+                    fix="export the model again, or download it again",
+                )  # fmt: skip
         keep_weights_unpacked(self)
         self.requires_grad_(False)
-
-
-def is_expert(name: str) -> bool:
-    """Whether a tensor of the model is an expert's or a router's, by its name."""
-    return ".srde_experts." in name or ".srde_router." in name
-
-
-def _require_complete(missing: list[str], extra: list[str]) -> None:
-    for kind, names in (("missing", missing), ("unknown", extra)):
-        if names:
-            raise ArtifactError.of(
-                f"{kind} tensors", names[:3], rule=f"the files must hold exactly the model's; {len(names)} are {kind}",
-                fix="export the model again, or download it again",
-            )  # fmt: skip
 
 
 def _layouts(config: SaRDinEConfig) -> dict[str, MlpLayout]:
@@ -335,16 +365,3 @@ def _layouts(config: SaRDinEConfig) -> dict[str, MlpLayout]:
         for layout in config.layouts or ()
     ]
     return {name: made[number] for name, number in (config.mlps or {}).items()}
-
-
-def _read_tensors(name: Any, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a folder or repository, sharded or not."""
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
-    index = cached_file(name, "model.safetensors.index.json", **hub, **optional)
-    files = ["model.safetensors"]
-    if index is not None:
-        files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_file(cached_file(name, file, **hub))
-    return tensors

@@ -51,11 +51,11 @@ class Chat:
         self.turns: list[dict[str, str]] = []
         self.forgotten = 0
         self.answer: Answer | None = None
-        self.route: tuple[str | None, int | None] = (None, None)
+        self.route: tuple[str | None, int | str | None] = (None, None)
         self._asked: list[int] = []
         self._asked_by = self.route
 
-    def set_route(self, route: str | None = None, expert: int | None = None) -> None:
+    def set_route(self, route: str | None = None, expert: int | str | None = None) -> None:
         """Changes who speaks from now on; as in `srde.infer.route.routed`.
 
         Raises:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from srde.infer.prompts import Prompt, batches, check_lengths, encode_prompt, padded
+from srde.errors import ConfigError
+from srde.infer.prompts import Prompt, batches, check_lengths, encode_prompt, padded, padding_id
 from srde.infer.routes import read_routes
 from srde.infer.stops import Stops, ended_by_string, find_stops
 from srde.infer.texts import answer_text
@@ -46,8 +47,10 @@ class Answer:
 
     @property
     def expert(self) -> int | None:
-        """The routed expert with the largest share; None where no adapter spoke."""
-        return None if self.load_E is None else int(self.load_E[: self.num_routed].argmax())
+        """The routed expert with the largest share; None where none spoke."""
+        if self.load_E is None or not self.load_E[: self.num_routed].any():
+            return None
+        return int(self.load_E[: self.num_routed].argmax())
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,20 @@ def generate(
 def generation_options(
     tokenizer: PreTrainedTokenizerBase, stops: Stops, max_new_tokens: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Keyword arguments of Transformers' `generate`: greedy and with these stops, where the options do not say otherwise."""
+    """Keyword arguments of Transformers' `generate`: greedy and with these stops, where the options do not say otherwise.
+
+    Raises:
+        ConfigError: Several answers per prompt are asked for.
+    """
+    if options.get("num_return_sequences", 1) != 1:
+        raise ConfigError.of(
+            "num_return_sequences", options["num_return_sequences"], rule="each prompt gets one answer",
+            fix="give the prompt several times",
+        )  # fmt: skip
     options = {
         "do_sample": False,
         "max_new_tokens": max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": padding_id(tokenizer),
         "eos_token_id": list(stops.ids) or None,
         **options,
     }
@@ -147,7 +159,7 @@ def _batch(
     stops: Stops,
     options: dict[str, Any],
 ) -> list[Answer]:
-    batch = padded(ids, tokenizer.pad_token_id, model.device)
+    batch = padded(ids, padding_id(tokenizer), model.device)
     longest = batch["input_ids"].shape[1]
     criteria = stop_strings_criteria(tokenizer, stops, longest)
     routing = getattr(model, "srde", None)

@@ -117,6 +117,12 @@ def batches(lengths: Sequence[int], batch_size: int, *, even: bool = False) -> l
     return sorted(groups, key=min)
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to pad with. Padding is masked, so any will do where the tokenizer has none of its own."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else int(found)
+
+
 def padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` [B, S], padded on the left."""
     longest = max(map(len, ids))

@@ -18,7 +18,9 @@ OFF = "off"
 
 
 @contextmanager
-def routed(model: PreTrainedModel, route: str | None = None, expert: int | None = None) -> Iterator[None]:
+def routed(
+    model: PreTrainedModel, route: str | None = None, expert: int | str | None = None
+) -> Iterator[None]:
     """Makes tokens use the experts that a text names while the context is open.
 
     Args:
@@ -26,7 +28,7 @@ def routed(model: PreTrainedModel, route: str | None = None, expert: int | None 
         route: ``auto`` or None: as the routers say. ``off``: the base. A name or a number: that expert; where several have the
             name, the routers choose among them; so they do among ``math,code``. ``math=0.7,code=0.3``: this mixture for all
             tokens.
-        expert: One expert's number instead.
+        expert: One expert's number or name instead, be it disabled or not.
 
     Raises:
         ConfigError: No expert has that name or number, the text cannot be read, or both are given.
@@ -49,17 +51,21 @@ def routed(model: PreTrainedModel, route: str | None = None, expert: int | None 
         yield
 
 
-def _context(model: Any, routing: Routing, route: str | None, expert: int | None) -> Any:
-    if expert is not None:
-        if expert < 0:  # elsewhere -1 means "as routed"
-            raise ConfigError.of("expert", expert, rule="experts are numbered from 0", fix="use 0 or more")
-        return routing.force_experts(expert)
+def _context(model: Any, routing: Routing, route: str | None, expert: int | str | None) -> Any:
     if route == OFF:
         return model.disable_adapter()
     config = experts_config(model)
     if "=" in str(route):
         return routing.force_mixture(config.mixture(str(route)))
-    named = sorted({e for name in str(route).split(",") for e in config.experts_named(name.strip())})
+    wanted = [expert] if expert is not None else [name.strip() for name in str(route).split(",")]
+    named = sorted({e for name in wanted for e in config.experts_named(name)})
+    if len(named) == 1 and expert is not None:
+        return routing.force_experts(named[0])
+    if not set(named) - {*(config.disabled_experts or ())}:
+        raise ConfigError.of(
+            "route", route or expert, rule="all of its experts are disabled",
+            fix="run `srde experts disable --undo`, or name one with --expert",
+        )  # fmt: skip
     return routing.force_experts(named[0]) if len(named) == 1 else routing.restrict_experts(named)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from srde.errors import ConfigError
 from srde.infer.generate import Answer, generation_options, looks_back, num_routed, stop_strings_criteria
-from srde.infer.prompts import Prompt, batches, check_lengths, encode_prompt, padded
+from srde.infer.prompts import Prompt, batches, check_lengths, encode_prompt, padded, padding_id
 from srde.infer.stops import Stops, ended_by_string, find_stops
 from srde.infer.texts import LiveText
 from srde.tuner import Routing, RoutingRecord
@@ -121,7 +121,7 @@ class Stream:
                 return torch.full((len(input_ids),), leave.is_set(), device=input_ids.device)
 
         try:
-            batch = padded(ids, self._tokenizer.pad_token_id, self._model.device)
+            batch = padded(ids, padding_id(self._tokenizer), self._model.device)
             length = batch["input_ids"].shape[1]
             criteria = stop_strings_criteria(self._tokenizer, self.stops, length) or StoppingCriteriaList()
             criteria.append(Left())

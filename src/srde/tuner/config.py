@@ -243,11 +243,13 @@ class SrdeConfig(NamedExperts, PeftConfig):
         names = self.expert_names
         if names is not None and (
             len(names) != self.num_experts
-            or not all(isinstance(n, str) and n.strip() and not n.isdecimal() for n in names)
+            or not all(
+                isinstance(n, str) and n.strip() and not n.isdecimal() and not {*"=,"} & {*n} for n in names
+            )
         ):
             raise ConfigError.of(
                 "expert_names", names,
-                rule=f"each of the {self.num_experts} routed experts has a name, and none is empty or a number",
+                rule=f"each of the {self.num_experts} routed experts has a name; none is empty or a number, or holds '=' or ','",
                 fix="give as many names as experts, or leave them out",
             )  # fmt: skip
         for name in ("frozen_experts", "disabled_experts"):

@@ -13,10 +13,12 @@ class NamedExperts:
     Attributes:
         num_experts: Routed experts.
         expert_names: Their names, in order; several may share one; None where they have none.
+        disabled_experts: Those that are never chosen.
     """
 
     num_experts: int
     expert_names: list[str] | None
+    disabled_experts: list[int] | None
 
     def name_of(self, expert: int) -> str:
         """An expert's name, or its number where it has none."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srde.artifacts import MANIFEST_NAME, atomic_folder, write_manifest
+from srde.artifacts import MANIFEST_NAME, atomic_folder, read_manifest, write_manifest
 from srde.errors import ArtifactError, UsageError
 from srde.tuner.config import SrdeConfig
 from srde.tuner.store import ADAPTER_FILES, NEXT, SEAL, check_adapter, roll_forward
@@ -135,13 +135,18 @@ def write_adapter(adapter: Adapter, output_dir: str | os.PathLike[str]) -> None:
     itself, where a kill at any moment leaves the old adapter or the new one, and all other files stay.
 
     Raises:
-        UsageError: The folder is another one and not empty.
+        UsageError: The folder is another one and not empty, or a run's checkpoint.
         ArtifactError: The disk is full; nothing has changed then.
     """
     source, final = Path(os.path.realpath(adapter.folder)), Path(os.path.realpath(output_dir))
     size = sum(tensor.nbytes for tensor in adapter.tensors().values()) + 2**20
     if final == source:
         roll_forward(final)
+        if (final / MANIFEST_NAME).is_file() and read_manifest(final).metadata.get("kind") == "checkpoint":
+            raise UsageError.of(
+                "adapter", str(adapter.folder), rule="it is a checkpoint that its run may go on from, and stays as it is",
+                fix="name a new folder with --output_dir",
+            )  # fmt: skip
         with atomic_folder(final / NEXT, {"kind": "adapter"}, expected_bytes=size) as staged:
             _write(adapter, staged)
             write_manifest(staged, {"kind": "adapter"}, only=ADAPTER_FILES)
