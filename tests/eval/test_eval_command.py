@@ -117,7 +117,7 @@ def test_tasks_go_to_the_harness(home, tmp_path, monkeypatch, capsys):
                 "confirm_run_unsafe_code": False, "compare_baseline": True,
             },
         ),
-        ({"srde": {}}, str(tmp_path)),
+        ({"srde": {}}, tmp_path / "tasks"),
     ]  # fmt: skip
     out = capsys.readouterr().out
     assert "the table of tasks" in out and "results.json" in out and "Held-out rows" not in out

@@ -15,6 +15,7 @@ from html import escape
 from typing import Any
 
 from srde.eval.drawings import drawings
+from srde.eval.plain import finite
 from srde.eval.results import Comparison, Difference, Evaluation, Result, compare
 from srde.eval.routing import RoutingStatistics
 from srde.eval.statistics import Estimate
@@ -63,7 +64,7 @@ def page(experts: Evaluation, base: Evaluation | None, settings: Mapping[str, An
         f"{_sources(experts, base, paired)}{_settings(settings)}"
     )
     # No `<` can end the block of values, whatever names stand in it.
-    values = json.dumps(list(plots.values()), allow_nan=False).replace("<", "\\u003c")
+    values = json.dumps(finite(list(plots.values())), allow_nan=False).replace("<", "\\u003c")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

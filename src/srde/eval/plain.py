@@ -52,7 +52,7 @@ def answers(experts: Evaluation, base: Evaluation | None) -> list[dict[str, Any]
         }
         if base is not None:
             line["base"] = _item(base.items[place])
-        lines.append(line)
+        lines.append(finite(line))
     return lines
 
 

@@ -1,14 +1,13 @@
-"""SaRDinE: a base model with routed sparse experts, as a model of Transformers. In a folder that `srde export` wrote, this file
-and its neighbours are all that is needed beside torch, transformers and safetensors."""
+"""SaRDinE: a base model with routed sparse experts, as a model of Transformers."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from srde.core.layout import MlpLayout
 from srde.core.masks import random_scores
 from srde.core.router import Router
 from srde.errors import ArtifactError, UsageError
-from srde.hub.code import write_code
+from srde.hub.code import code_files
 from srde.hub.configuration_sardine import SaRDinEConfig
 from srde.hub.reading import ADAPTER, is_expert, read_tensors, require_complete, require_fitting
 from srde.tuner.auto import auto_class, keep_weights_unpacked
@@ -258,7 +257,8 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
                 )  # fmt: skip
             kwargs |= {"state_dict": self.expert_tensors(), "save_original_format": False}
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_code(Path(save_directory))
+        for name, text in code_files().items():
+            (pathlib.Path(save_directory) / name).write_text(text, encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -280,7 +280,7 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
         base_name = kwargs.pop("base_model_name_or_path", None)
         given = {}  # settings of the model, given as for any other
         for part in (config, config.base_config, config.get_text_config()):
-            for key in ({field.name for field in fields(part)} - NOT_SETTINGS) & kwargs.keys():
+            for key in ({one.name for one in fields(part)} - NOT_SETTINGS) & kwargs.keys():
                 given[key] = kwargs[key]
                 setattr(part, key, kwargs[key])
         kwargs = {key: value for key, value in kwargs.items() if key not in given}
@@ -359,7 +359,7 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _layouts(config: SaRDinEConfig) -> dict[str, MlpLayout]:
-    known = {field.name for field in fields(MlpLayout)}
+    known = {one.name for one in fields(MlpLayout)}
     made = [
         MlpLayout(**{k: tuple(v) if k == "ups" else v for k, v in layout.items() if k in known})
         for layout in config.layouts or ()

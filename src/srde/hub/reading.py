@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -87,8 +87,12 @@ def read_tensors(name: Any, variant: str | None, hub: dict[str, Any]) -> dict[st
     index = cached_file(name, f"model.safetensors.index{middle}.json", **hub, **optional)
     files = [f"model{middle}.safetensors"]
     if index is not None:
-        files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    if outside := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
+        files = sorted(
+            set(json.loads(pathlib.Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        )
+    if outside := [
+        file for file in files if pathlib.Path(file).name != file or not file.endswith(".safetensors")
+    ]:
         raise ArtifactError.of(
             "weight_map", outside[0], rule="it names safetensors files of the same folder, and nothing else",
             fix="export the model again, or download it again",
