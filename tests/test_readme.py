@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import hub_rows
 from preloaded import Preloaded
 from srde.data.quickstart import build_quickstart
+from standin_hub import StandInHub
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -22,14 +24,20 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def new_home(home):
     """A home and a working folder as they are after `make quickstart`, with a tiny model in the embedded one's place."""
-    home = tmp_path_factory.mktemp("home")
     save_tiny(home / ".cache/srde/SmolLM2-135M-Instruct")
     build_quickstart(home / "runs/quickstart/data", train_per_domain=4, test_per_domain=2, seed=0)
+    (home / ".venv/bin").mkdir(parents=True)
+    (home / ".venv/bin/activate").touch()
+    return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Such a home, with a `srde` that starts fast."""
+    home = new_home(tmp_path_factory.mktemp("home"))
     bin_folder = home / ".venv/bin"
-    bin_folder.mkdir(parents=True)
     srde = Preloaded(bin_folder / "srde")
     (bin_folder / "activate").write_text(f'export PATH="{bin_folder}:$PATH"\n')
     yield home
@@ -184,3 +192,32 @@ def test_the_commands_of_the_experts_guide_run_as_written(home):
     commands = "".join(blocks("docs/guides/experts.md", "bash"))
     out = run(["bash", "-euo", "pipefail", "-c", START + commands], home)
     assert "expert 6 (medicine) is new and zero" in out and "adapter: runs/refitted" in out and "drugs" in out
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_lm_eval_guide_run_as_written(tmp_path):
+    """Less the installation, and the parity benchmark, which wants the real model."""
+    commands = [
+        b
+        for b in blocks("docs/guides/lm_eval.md", "bash")
+        if "pip install" not in b and "benchmarks/" not in b
+    ]
+    assert len(commands) == 2 and commands[0].startswith("lm_eval --model srde") and "--tasks" in commands[1]
+    home = new_home(tmp_path)
+    plain = home / "with_lm_eval"  # the clients read the hub's address when they are imported
+    plain.mkdir()
+    for name, module in (("srde", "srde"), ("lm_eval", "lm_eval")):
+        (plain / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+        (plain / name).chmod(0o755)
+    with StandInHub() as hub:
+        for repo in ("allenai/ai2_arc", "allenai/winogrande"):
+            hub.add(repo, hub_rows.build_files(repo, 8, seed=7))
+        settings = hub.environment(home / "hub")
+        settings = {name: value for name, value in settings.items() if name.startswith(("HF_", "NO_PROXY"))}
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in settings.items())
+        script = f"{START}export PATH={plain}:$PATH\n{TRAIN} --output_dir runs/mine\n{exports}\n{''.join(commands)}"
+        out = run(["bash", "-euo", "pipefail", "-c", script], home)
+        (block,) = blocks("docs/guides/lm_eval.md", "python")
+        block = block.replace("mine-tasks/tasks", "other-tasks")
+        run([sys.executable, "-c", f"import os\nos.environ |= {settings!r}\n{block}"], home)
+    assert "arc_easy" in out and (home / "runs/mine-tasks/tasks/comparison.json").is_file()

@@ -220,3 +220,13 @@ def test_a_checkpoint_is_not_changed_in_place(adapter, tmp_path):
         main(["freeze", "0", "--adapter", str(adapter)])
     assert verify(adapter).metadata["kind"] == "checkpoint"
     assert main(["freeze", "0", "--adapter", str(adapter), "--output_dir", str(tmp_path / "new")]) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"srde": {"domains": {"a": {"expert_load": [[null, null, null, null]]}}}}']
+)
+def test_a_foreign_file_of_results_costs_the_load_alone(adapter, capsys, content):
+    (adapter / "eval_results.json").write_text(content)
+    assert main(["list", "--adapter", str(adapter)]) == 0
+    said = capsys.readouterr()
+    assert "logic" in said.out and ("no eval_results.json of srde eval" in said.err or "null" in content)

@@ -164,6 +164,10 @@ def test_a_write_that_fails_leaves_the_old_one(place, tmp_path, monkeypatch):
             "an entry is an expert that no other entry names, '=' and a number",
         ),
         (["--push_to_hub", "nobody"], "it must name its owner"),
+        (
+            ["--push_to_hub", "me/it", "--without_base"],
+            "others cannot load a base from a place on this machine",
+        ),
     ],
 )
 def test_wrong_commands(place, tmp_path, argv, message, capsys):

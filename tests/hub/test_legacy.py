@@ -123,8 +123,30 @@ def test_nothing_in_the_file_is_run(place):
             lambda state: state.update({"router.gate.weight": torch.zeros(4, 32)}),
             "as many in router and vocabulary",
         ),
+        (
+            lambda state: state.update({"router.gate.weight": torch.zeros(3, 31)}),
+            "it is 31 wide, and the base 32",
+        ),
+        (lambda state: state.update({"router.gate.weight": torch.zeros(3)}), "it has 2 dimensions"),
+        (lambda state: state.update({"vocabulary.atoms": torch.zeros(2, 60)}), "one weight for each atom"),
+        (
+            lambda state: state.update({"mask_selector.indices": torch.arange(60.0)}),
+            "it has 1 dimensions, not torch.float32",
+        ),
     ],
-    ids=["missing", "nan", "twice", "outside", "short", "another base", "experts"],
+    ids=[
+        "missing",
+        "nan",
+        "twice",
+        "outside",
+        "short",
+        "another base",
+        "experts",
+        "narrow",
+        "flat",
+        "atoms",
+        "points",
+    ],
 )
 def test_files_that_do_not_fit_are_refused(place, change, message):
     folder, base = place
@@ -134,6 +156,19 @@ def test_files_that_do_not_fit_are_refused(place, change, message):
     with pytest.raises(ArtifactError, match=message):
         import_weights(folder / "old.pt", str(folder / "base"), folder / "new")
     assert not (folder / "new").exists()
+
+
+def test_other_settings_and_names_of_layers_are_refused(place):
+    folder, base = place
+    for change, message in (
+        ({"config": {"top_k": "2"}}, "whole number of at least 1"),
+        ({}, "named by their numbers"),
+    ):
+        layers = old_file(folder / "old.pt", base, **change)
+        if not change:
+            torch.save({"srde_layers": {"abc": layers["0"]}}, folder / "old.pt")
+        with pytest.raises(ArtifactError, match=message):
+            import_weights(folder / "old.pt", str(folder / "base"))
 
 
 def test_other_files_and_bases_are_refused(place):

@@ -115,6 +115,17 @@ def test_sharded_and_saved_again(folder, tmp_path):
     ).read_text()
 
 
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("sizes", [("5GB", "2KB"), ("2KB", "5GB")])
+def test_a_second_save_in_other_shards_is_the_one_that_is_read(alone, folder, inside, sizes, tmp_path):
+    read = SaRDinEForCausalLM.from_pretrained(folder[0] if inside else alone[0] / "made")
+    read.save_pretrained(tmp_path / "twice", max_shard_size=sizes[0])
+    for layer in read.srde.layers.values():
+        layer.srde_experts["default"].values.data *= -1
+    read.save_pretrained(tmp_path / "twice", max_shard_size=sizes[1])
+    assert torch.equal(logits(SaRDinEForCausalLM.from_pretrained(tmp_path / "twice")), logits(read))
+
+
 def test_the_auto_classes_know_it(folder):
     assert type(AutoConfig.from_pretrained(folder[0])) is SaRDinEConfig
     read = AutoModelForCausalLM.from_pretrained(
@@ -226,7 +237,9 @@ def test_settings_are_given_as_for_any_model(folder, alone, inside):
     with torch.no_grad():
         out = read(IDS)
     assert out.past_key_values is None and len(out.hidden_states) == 3
-    one = SaRDinEForCausalLM.from_pretrained(place, num_experts_per_tok=1)
+    own = SaRDinEConfig.from_pretrained(place)
+    one = SaRDinEForCausalLM.from_pretrained(place, config=own, num_experts_per_tok=1)
+    assert own.num_experts_per_tok == 2
     assert {r.top_k for layer in one.srde.layers.values() for r in layer.active_routers()} == {1}
 
 
@@ -396,7 +409,7 @@ def test_loading_information_and_variants_with_the_base_elsewhere(alone):
 def test_settings_that_trainers_set_reach_the_base(folder):
     read = SaRDinEForCausalLM.from_pretrained(folder[0])
     read.config.use_cache = False
-    read.config.pad_token_id = 5
+    read.config.pad_token_id = read.config.eos_token_id = read.config.bos_token_id = 5
     assert (
         read.base.config.use_cache is False and read.base.config.pad_token_id == 5 == read.config.pad_token_id
     )
@@ -407,10 +420,11 @@ def test_settings_that_trainers_set_reach_the_base(folder):
 
 @pytest.mark.security
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "model.bin"])
-def test_an_index_may_not_lead_out_of_the_folder(alone, name):
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_index_may_not_lead_out_of_the_folder(alone, folder, name, inside):
     import json
 
-    place = alone[0] / "made"
+    place = folder[0] if inside else alone[0] / "made"
     (place / "model.safetensors").rename(alone[0] / "secret.safetensors")
     name = name.replace("/secret", f"{alone[0]}/secret") if name.startswith("/") else name
     (place / "model.safetensors.index.json").write_text(
@@ -439,6 +453,7 @@ def test_a_configuration_that_promises_too_much_makes_no_room(alone):
         ("num_experts", "8"), ("num_experts", 0), ("num_experts_per_tok", 5), ("num_experts_per_tok", 0), ("sparsity", 2),
         ("router_temperature", 0), ("granularity", "x"), ("expert_names", ["a"]), ("disabled_experts", [99]),
         ("disabled_experts", [0, 1, 2, 3]), ("mlps", {"model.layers.0.mlp": 7}), ("num_shared_experts", -1),
+        ("layouts", [{"x": 1}]), ("layouts", "abc"), ("expert_names", [1, 2, 3, 4]), ("base_config", None),
     ],
 )  # fmt: skip
 def test_configurations_that_no_model_has_are_refused(folder, field, value):
@@ -448,6 +463,33 @@ def test_configurations_that_no_model_has_are_refused(folder, field, value):
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises((ConfigError, StrictDataclassFieldValidationError), match=field):
         SaRDinEForCausalLM.from_pretrained(folder[0])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("name", ["__class__", "model.layers.9.mlp", "model.layers.0.self_attn"])
+def test_modules_that_the_base_has_not_are_refused(folder, alone, inside, name):
+    import json
+
+    file = (folder[0] if inside else alone[0] / "made") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mlps": {name: 0}}))
+    with pytest.raises(ArtifactError, match=r"the base has no such module|are missing"):
+        SaRDinEForCausalLM.from_pretrained(file.parent)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"x": 5}}'])
+def test_an_index_that_is_none_is_refused(folder, alone, inside, content):
+    place = folder[0] if inside else alone[0] / "made"
+    (place / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ArtifactError, match="it must map names of tensors to files"):
+        SaRDinEForCausalLM.from_pretrained(place)
+
+
+def test_a_truncated_file_of_experts_is_named(alone):
+    file = alone[0] / "made/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"model.safetensors.*it is damaged"):
+        SaRDinEForCausalLM.from_pretrained(alone[0] / "made")
 
 
 @pytest.mark.parametrize("inside", [True, False])

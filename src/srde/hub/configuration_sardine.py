@@ -16,6 +16,20 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_sardine.SaRDinEForCausalLM",
 }
 
+LAYOUT_NEEDS = {"ups", "down", "hidden_size", "intermediate_size"}
+
+
+def _of_the_base(name: str, default: Any = None) -> property:
+    """A setting that is the base's: read there, and set there."""
+
+    def get(config: Any) -> Any:
+        return getattr(config.get_text_config(), name, default)
+
+    def put(config: Any, value: Any) -> None:
+        setattr(config.get_text_config(), name, value)
+
+    return property(get, put, doc=f"The base's `{name}`.")
+
 
 class SaRDinEConfig(NamedExperts, PreTrainedConfig):
     """A base model's configuration, and what its experts are.
@@ -62,6 +76,13 @@ class SaRDinEConfig(NamedExperts, PreTrainedConfig):
     base_fingerprint: list[float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.base_config is None and (self.layouts or self.mlps):
+            raise ConfigError.of(
+                "base_config",
+                None,
+                rule="experts are on a base, and this is its configuration",
+                fix="export the model again",
+            )
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self._check()
@@ -109,6 +130,10 @@ class SaRDinEConfig(NamedExperts, PreTrainedConfig):
             require(name, known, f"routed experts are numbered 0 to {self.num_experts - 1}")
         closed = len(set(self.disabled_experts or ())) == self.num_experts and not self.null_expert
         require("disabled_experts", not closed, "at least one expert must stay for the routers to choose")
+        whole_layouts = isinstance(self.layouts or [], list) and all(
+            isinstance(layout, dict) and not LAYOUT_NEEDS - layout.keys() for layout in self.layouts or ()
+        )
+        require("layouts", whole_layouts, f"each has at least {', '.join(sorted(LAYOUT_NEEDS))}")
         count = len(self.layouts or ())
         known = all(type(n) is int and 0 <= n < count for n in (self.mlps or {}).values())
         require("mlps", known, f"each names one of the {count} layouts by its number")
@@ -132,33 +157,11 @@ class SaRDinEConfig(NamedExperts, PreTrainedConfig):
         """The base's."""
         return self.get_text_config().num_hidden_layers
 
-    @property
-    def use_cache(self) -> bool:
-        """The base's."""
-        return getattr(self.get_text_config(), "use_cache", True)
-
-    @use_cache.setter
-    def use_cache(self, value: bool) -> None:
-        self.get_text_config().use_cache = value
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The base's."""
-        return getattr(self.get_text_config(), "pad_token_id", None)
-
-    @pad_token_id.setter
-    def pad_token_id(self, value: int | None) -> None:
-        self.get_text_config().pad_token_id = value
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The base's."""
-        return getattr(self.get_text_config(), "bos_token_id", None)
-
-    @property
-    def eos_token_id(self) -> int | list[int] | None:
-        """The base's."""
-        return getattr(self.get_text_config(), "eos_token_id", None)
+    use_cache = _of_the_base("use_cache", True)
+    tie_word_embeddings = _of_the_base("tie_word_embeddings", False)
+    pad_token_id = _of_the_base("pad_token_id")
+    bos_token_id = _of_the_base("bos_token_id")
+    eos_token_id = _of_the_base("eos_token_id")
 
     @property
     def max_position_embeddings(self) -> int | None:

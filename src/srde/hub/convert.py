@@ -30,7 +30,8 @@ def from_adapter(
         base_name: The name of the base to write down, if it is not the adapter's.
 
     Returns:
-        The model, in evaluation mode; its logits are those of the given one.
+        The model, in evaluation mode; its logits are those of the given one. Experts that were locked for the moment
+        (`model.srde.lock`) are open again; those that the configuration disables stay so.
 
     Raises:
         UsageError: There is no such srde adapter, or it brings whole modules (`modules_to_save`).

@@ -32,7 +32,7 @@ class Source:
         dtype: Type of the base's weights; "auto" keeps the checkpoint's.
         base_name: The base's name to write down; the adapter's own if left out.
         license_id: The licence's name on the hub, for the card.
-        title: What the model will be called, for the card; the folder's name if left out.
+        title: What the model will be called on the hub; left out for one that stays on this machine.
     """
 
     adapter: str
@@ -66,13 +66,18 @@ def export_sardine(
     Raises:
         ArtifactError: The adapter cannot be read, or the disk is full.
         UsageError: The folder holds something else.
-        ConfigError: The results cannot be read; or the base is to stay out and has no name.
+        ConfigError: The results cannot be read; or the base is to stay out of a model for the hub, and is a folder here.
     """
     output_dir = Path(output_dir)
     require_replaceable(output_dir, SARDINE)  # before anything is loaded
     results = _read_results(source, eval_results)
     model, tokenizer = load_adapter(source.adapter, source.dtype, source.base)
     name = source.base_name or model.peft_config["default"].base_model_name_or_path or source.base
+    if not base_inside and source.title is not None and not is_hub_id(name):
+        raise ConfigError.of(
+            "base_name", name, rule="others cannot load a base from a place on this machine, and need not know it",
+            fix="pass --base_name OWNER/NAME, or export without --without_base",
+        )  # fmt: skip
     if base_inside:
         name = name if is_hub_id(name) else shown_name(name)
     made = from_adapter(model, base_inside=base_inside, base_name=name)

@@ -133,25 +133,35 @@ def _read(file: Path) -> tuple[dict[int, Mapping[str, Tensor]], Mapping[str, Any
             fix="take a whole copy of the file; one that needs code to be read is refused on purpose",
         ) from error  # fmt: skip
     layers = content.get("srde_layers") if isinstance(content, Mapping) else None
-    needed = (
-        "mask_selector.indices",
-        "vocabulary.atoms",
-        "vocabulary.expert_atom_weights",
-        "router.gate.weight",
-    )
+    needed = {  # and how many dimensions each has; the one with one dimension holds whole numbers
+        "mask_selector.indices": 1,
+        "vocabulary.atoms": 2,
+        "vocabulary.expert_atom_weights": 2,
+        "router.gate.weight": 2,
+    }
     if not isinstance(layers, Mapping) or not layers:
         raise _unfit(file, "srde_layers", "the file must have this entry, with a state for each layer")
     for number, state in layers.items():
-        for name in needed:
+        if not str(number).isdecimal():
+            raise _unfit(file, f"srde_layers[{number!r}]", "layers are named by their numbers")
+        for name, dimensions in needed.items():
             tensor = state.get(name) if isinstance(state, Mapping) else None
+            where = f"srde_layers[{number}].{name}"
             if not isinstance(tensor, Tensor):
-                raise _unfit(file, f"srde_layers[{number}].{name}", "it is missing")
+                raise _unfit(file, where, "it is missing")
+            if tensor.ndim != dimensions or tensor.is_floating_point() == (dimensions == 1):
+                raise _unfit(
+                    file, where, f"it has {dimensions} dimensions, not {tensor.dtype} {tuple(tensor.shape)}"
+                )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise _unfit(file, f"srde_layers[{number}].{name}", "it holds numbers that are not finite")
+                raise _unfit(file, where, "it holds numbers that are not finite")
+        if state["vocabulary.atoms"].shape[0] != state["vocabulary.expert_atom_weights"].shape[1]:
+            raise _unfit(file, f"srde_layers[{number}].vocabulary", "there must be one weight for each atom")
     settings = content.get("config")
-    return {int(number): state for number, state in layers.items()}, settings if isinstance(
-        settings, Mapping
-    ) else {}
+    settings = settings if isinstance(settings, Mapping) else {}
+    if type(settings.get("top_k", 2)) is not int or settings.get("top_k", 2) < 1:
+        raise _unfit(file, f"config.top_k={settings['top_k']!r}", "it is a whole number of at least 1")
+    return {int(number): state for number, state in layers.items()}, settings
 
 
 def _count_experts(layers: Mapping[int, Mapping[str, Tensor]], file: str | Path) -> int:
@@ -176,6 +186,9 @@ def _entries(state: Mapping[str, Tensor], layer: SrdeLayer, where: str) -> list[
         value_EN[e] *= importance.float().sigmoid()
     place_N = state["mask_selector.indices"].long()
     block, layout = layer.owner(), layer.layout
+    if state["router.gate.weight"].shape[1] != layout.hidden_size:
+        width = state["router.gate.weight"].shape[1]
+        raise _unfit(where, "router.gate.weight", f"it is {width} wide, and the base {layout.hidden_size}")
     own = dict(block.named_parameters())
     sizes = [p.numel() for p in own.values()]
     if place_N.shape != value_EN[0].shape or int(place_N.min()) < 0 or int(place_N.max()) >= sum(sizes):

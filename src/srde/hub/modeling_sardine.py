@@ -21,7 +21,7 @@ from srde.core.router import Router
 from srde.errors import ArtifactError, UsageError
 from srde.hub.code import code_files
 from srde.hub.configuration_sardine import SaRDinEConfig
-from srde.hub.reading import ADAPTER, is_expert, read_tensors, require_complete, require_fitting
+from srde.hub.reading import ADAPTER, is_expert, read_tensors, require_complete, require_fitting, weight_files
 from srde.tuner.auto import auto_class, keep_weights_unpacked
 from srde.tuner.control import Routing
 from srde.tuner.fingerprint import check_base
@@ -59,7 +59,7 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model whose MLPs have experts.
 
     It generates with the base's cache, takes `dtype`, `device_map`, `quantization_config` and `attn_implementation` for the base,
-    and is saved and pushed like any model of Transformers. The experts' values and the routers stay float32.
+    and is saved and pushed like any model of Transformers. With `dtype`, the experts' values and the routers stay float32.
 
     Attributes:
         base: The base model; frozen.
@@ -89,6 +89,8 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
         self._vocabulary = self.base.get_input_embeddings().weight.shape[0]
         sites = _layouts(config) or find_sites(self.base)
         self.srde = Routing(sites)
+        for name, layout in sites.items():
+            self._require_mlp(name, layout)
         for number, (name, layout) in enumerate(sites.items()):
             self._put_layer(name, layout, number)
         self.srde.watch(self.base)
@@ -108,6 +110,14 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
                     setattr(self, name, getattr(base, name))
             if (places := getattr(base, "hf_device_map", None)) is not None:
                 self.hf_device_map = {f"base.{n}" if n else "": place for n, place in places.items()}
+
+    def _require_mlp(self, name: str, layout: MlpLayout) -> None:
+        modules = dict(self.base.named_modules())
+        if any(f"{name}.{child}" not in modules for child in (*layout.ups, layout.down)):
+            raise ArtifactError.of(
+                "mlps", name, rule=f"the base has no such module with {', '.join((*layout.ups, layout.down))}",
+                fix="export the model again, or download it again",
+            )  # fmt: skip
 
     def _put_layer(self, name: str, layout: MlpLayout, number: int) -> None:
         if layout.loose:
@@ -256,6 +266,12 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
                     fix="set model.config.base_inside = True",
                 )  # fmt: skip
             kwargs |= {"state_dict": self.expert_tensors(), "save_original_format": False}
+        middle = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+        if kwargs.get(
+            "is_main_process", True
+        ):  # an older save in other shards would be read instead of this one, or beside it
+            for stale in (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"):
+                (pathlib.Path(save_directory) / stale).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
         for name, text in code_files().items():
             (pathlib.Path(save_directory) / name).write_text(text, encoding="utf-8")
@@ -277,6 +293,7 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
         config = kwargs.pop("config", None)
         if not isinstance(config, PreTrainedConfig):
             config = SaRDinEConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+        config = copy.deepcopy(config)  # the caller's own stays as it is
         base_name = kwargs.pop("base_model_name_or_path", None)
         given = {}  # settings of the model, given as for any other
         for part in (config, config.base_config, config.get_text_config()):
@@ -287,6 +304,9 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs["config"] = config
         if not config.base_inside:
             return cls._on_a_base(pretrained_model_name_or_path, config, base_name, hub, kwargs)
+        weight_files(
+            pretrained_model_name_or_path, kwargs.get("variant"), hub
+        )  # refuses what leads elsewhere
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -307,7 +327,7 @@ class SaRDinEForCausalLM(PreTrainedModel, GenerationMixin):
         left_out = (
             "config", "revision", "subfolder", "state_dict", "output_loading_info", "force_download", "adapter_kwargs", "variant",
         )  # fmt: skip
-        tensors = read_tensors(name, kwargs.get("variant"), hub)
+        tensors = read_tensors(name, weight_files(name, kwargs.get("variant"), hub), hub)
         base_name = base_name or config.base_model_name_or_path
         if not base_name:
             raise ArtifactError.of(

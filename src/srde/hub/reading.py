@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
@@ -71,8 +72,8 @@ def require_fitting(
             )  # fmt: skip
 
 
-def read_tensors(name: Any, variant: str | None, hub: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a folder or repository, sharded or not.
+def weight_files(name: Any, variant: str | None, hub: dict[str, Any]) -> list[str]:
+    """The files of tensors of a folder or repository, by name.
 
     Args:
         name: The folder, or the hub id.
@@ -80,24 +81,48 @@ def read_tensors(name: Any, variant: str | None, hub: dict[str, Any]) -> dict[st
         hub: Options for the hub, such as `revision`.
 
     Raises:
-        ArtifactError: The index names files elsewhere.
+        ArtifactError: The index cannot be read, or names files elsewhere.
     """
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": True}
     middle = f".{variant}" if variant else ""
     index = cached_file(name, f"model.safetensors.index{middle}.json", **hub, **optional)
-    files = [f"model{middle}.safetensors"]
-    if index is not None:
-        files = sorted(
-            set(json.loads(pathlib.Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-        )
-    if outside := [
-        file for file in files if pathlib.Path(file).name != file or not file.endswith(".safetensors")
-    ]:
+    if index is None:
+        return [f"model{middle}.safetensors"]
+    try:
+        found = json.loads(pathlib.Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        files = sorted({*found})
+        outside = [
+            file for file in files if pathlib.Path(file).name != file or not file.endswith(".safetensors")
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError.of(
+            "index", str(index), rule=f"it must map names of tensors to files ({type(error).__name__})",
+            fix="export the model again, or download it again",
+        ) from error  # fmt: skip
+    if outside:
         raise ArtifactError.of(
             "weight_map", outside[0], rule="it names safetensors files of the same folder, and nothing else",
             fix="export the model again, or download it again",
         )  # fmt: skip
+    return files
+
+
+def read_tensors(name: Any, files: list[str], hub: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors of these files of a folder or repository.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= load_file(cached_file(name, file, **hub))
+        place = cached_file(name, file, **hub)
+        try:
+            tensors |= load_file(place)
+        except SafetensorError as error:
+            raise ArtifactError.of(
+                "file",
+                str(place),
+                rule=f"it is damaged ({error})",
+                fix="export the model again, or download it again",
+            ) from error
     return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 
@@ -16,10 +17,17 @@ def known_load(folder: Path, num_experts: int) -> tuple[list[float], str] | None
     import numpy as np
 
     if (file := folder / "eval_results.json").is_file():
-        domains = json.loads(file.read_text(encoding="utf-8")).get("srde", {}).get("domains", {})
-        loads = [one["expert_load"] for one in domains.values() if one.get("expert_load")]
-        load = np.array([np.mean(one, axis=0)[:num_experts] for one in loads])
-        if loads and load.shape[1] == num_experts:
+        try:
+            domains = json.loads(file.read_text(encoding="utf-8"))["srde"]["domains"]
+            loads = [one["expert_load"] for one in domains.values() if one.get("expert_load")]
+            load = np.array([np.mean(one, axis=0)[:num_experts] for one in loads], dtype=float)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(
+                f"{file}: it is no eval_results.json of srde eval ({type(error).__name__}); no load is shown",
+                file=sys.stderr,
+            )
+            return None
+        if loads and load.shape[1] == num_experts and load.sum() > 0:
             load = load.mean(0)
             return (load / load.sum()).tolist(), "eval_results.json, domains weighing the same"
     if (folder / "run.json").is_file():
