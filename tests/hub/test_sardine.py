@@ -126,6 +126,22 @@ def test_a_second_save_in_other_shards_is_the_one_that_is_read(alone, folder, in
     assert torch.equal(logits(SaRDinEForCausalLM.from_pretrained(tmp_path / "twice")), logits(read))
 
 
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("size", ["5GB", "9KB"])
+def test_tied_embeddings_are_saved_once_and_stay_tied(inside, size, tmp_path):
+    tied = {"tie_word_embeddings": True}
+    tiny(**tied).save_pretrained(tmp_path / "base")
+    model = fill(get_peft_model(tiny(**tied), SrdeConfig(num_experts=4))).eval()
+    before = logits(model)
+    made = from_adapter(model, base_inside=inside, base_name=str(tmp_path / "base"))
+    made.save_pretrained(tmp_path / "made", max_shard_size=size)
+    read = SaRDinEForCausalLM.from_pretrained(tmp_path / "made")
+    assert torch.equal(logits(read), before) and read.config.tie_word_embeddings
+    assert read.get_output_embeddings().weight is read.get_input_embeddings().weight
+    read.save_pretrained(tmp_path / "again", max_shard_size=size)
+    assert torch.equal(logits(SaRDinEForCausalLM.from_pretrained(tmp_path / "again")), before)
+
+
 def test_the_auto_classes_know_it(folder):
     assert type(AutoConfig.from_pretrained(folder[0])) is SaRDinEConfig
     read = AutoModelForCausalLM.from_pretrained(

@@ -120,11 +120,10 @@ class SaRDinEConfig(NamedExperts, PreTrainedConfig):
         require("router_temperature", share("router_temperature", math.inf), "it must be above 0")
         require("granularity", self.granularity in ("neuron", "element"), "it must be neuron or element")
         names = self.expert_names
-        require(
-            "expert_names",
-            names is None or len(names) == self.num_experts,
-            "there must be one for each routed expert",
+        named = names is None or (
+            len(names) == self.num_experts and all(isinstance(name, str) for name in names)
         )
+        require("expert_names", named, "there must be one for each routed expert")
         for name in ("disabled_experts", "frozen_experts"):
             known = all(type(e) is int and e in experts for e in getattr(self, name) or ())
             require(name, known, f"routed experts are numbered 0 to {self.num_experts - 1}")
