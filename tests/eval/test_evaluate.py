@@ -349,3 +349,14 @@ def test_all_experts_disabled_beside_a_null_expert(setting):
     model, _ = adapted(null_expert=True, disabled_experts=[0, 1, 2, 3])
     found = evaluate(model, tokenizer, rows[:2], max_new_tokens=1)
     assert found.routing.open_experts == () and found.routing.dead == ()
+
+
+def test_a_program_without_tests_is_refused_before_the_model_speaks(setting):
+    model, tokenizer, rows, _ = setting
+    calls = []
+    hook = model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+    bad = row("code", "write f", "def f(): 0", line=4, kind="code")
+    with pytest.raises(DataError, match="f:4: tests: is missing"):
+        evaluate(model, tokenizer, [*rows, bad], confirm_run_unsafe_code=True)
+    hook.remove()
+    assert not calls

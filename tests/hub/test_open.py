@@ -63,6 +63,17 @@ def test_a_damaged_model_is_refused(place, tmp_path):
         open_model(str(tmp_path / "made"))
 
 
+def test_an_exported_model_is_no_adapter(place):
+    from srde.tuner.experts import read_adapter
+    from srde.tuner.loading import load_adapter
+
+    for read in (read_adapter, load_adapter):
+        with pytest.raises(
+            ArtifactError, match="it is a sardine model that srde export wrote, not an adapter"
+        ):
+            read(str(place / "sardine"))
+
+
 def test_what_is_neither_is_refused(place, tmp_path):
     with pytest.raises(ArtifactError, match=r"adapter_config.json"):
         open_model(str(place / "base"))

@@ -142,10 +142,12 @@ def _check_answers(rows: Sequence[Row]) -> None:
     sees to it that programs could be run."""
     if any(row.kind == CODE for row in rows):
         from srde.eval.contained import require_containment
+        from srde.eval.contained.answers import tests_of
 
         require_containment()
     for row in rows:
         if row.kind == CODE:
+            tests_of(row)
             continue
         try:
             score_row(row, row.response)

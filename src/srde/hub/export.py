@@ -15,8 +15,9 @@ from srde.hub.gguf import TYPES, find_converter, to_gguf
 from srde.hub.merged import Parity, merge
 from srde.hub.modeling_sardine import SHARD_SIZE
 from srde.tuner.loading import load_adapter
+from srde.tuner.store import EXPORTED
 
-SARDINE, MERGED = "sardine", "merged"
+SARDINE, MERGED = EXPORTED
 RESULTS_FILE = "eval_results.json"
 SLACK = 64 * 2**20
 """Bytes beside the tensors: tokenizer, code, card."""

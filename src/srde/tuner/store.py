@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from srde.artifacts import MANIFEST_NAME, atomic_folder, sweep, verify, write_manifest
+from srde.artifacts import MANIFEST_NAME, atomic_folder, read_manifest, sweep, verify, write_manifest
 from srde.errors import ArtifactError, UsageError
 from srde.tuner.control import no_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+EXPORTED = ("sardine", "merged")
 NEXT, SEAL = ".adapter-next", "seal.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -103,6 +104,12 @@ def check_adapter(folder: str | os.PathLike[str], subfolder: str | None = None) 
     place = Path(folder) / (subfolder or "")
     roll_forward(place)
     if (place / MANIFEST_NAME).is_file():
+        kind = read_manifest(place).metadata.get("kind")
+        if kind in EXPORTED:
+            raise ArtifactError.of(
+                "adapter", str(folder), rule=f"it is a {kind} model that srde export wrote, not an adapter",
+                fix="name the adapter that it was made from",
+            )  # fmt: skip
         verify(place, only=ADAPTER_FILES)
 
 

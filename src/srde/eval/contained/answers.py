@@ -41,16 +41,26 @@ def score_code(
             rule="scoring code runs what a model wrote on this machine, contained but not sandboxed",
             fix="Give --confirm_run_unsafe_code if that is acceptable here",
         )  # fmt: skip
-    tests = row.metadata.get("tests")
-    if not isinstance(tests, str) or not tests.strip():
-        raise DataError.at(
-            row.file, row.line, "tests", "is missing; a row of kind code needs its tests, as text"
-        )
+    tests = tests_of(row)
     entry_point = row.metadata.get("entry_point")
     prompt = row.prompt[-1]["content"] if row.prompt else ""
     program = program_of(text, prompt, entry_point if isinstance(entry_point, str) else None, tests)
     verdict = run_program(program, tests, seconds=seconds, memory_mb=memory_mb)
     return verdict.passed, verdict.reason
+
+
+def tests_of(row: Row) -> str:
+    """A row's tests.
+
+    Raises:
+        DataError: It has none.
+    """
+    tests = row.metadata.get("tests")
+    if not isinstance(tests, str) or not tests.strip():
+        raise DataError.at(
+            row.file, row.line, "tests", "is missing; a row of kind code needs its tests, as text"
+        )
+    return tests
 
 
 def program_of(text: str, prompt: str, entry_point: str | None, tests: str) -> str:
