@@ -104,7 +104,8 @@ def evaluate(
         progress(len(chunk))
     speed = None
     if asked:  # as many tokens for every model, whatever it has to say: short answers would look slow
-        prompts = [rows[i].prompt for i in asked[:batch_size]]
+        middle = max(len(asked) - batch_size, 0) // 2  # they lie by length: those of a usual one
+        prompts = [rows[i].prompt for i in asked[middle : middle + batch_size]]
         options = {"max_new_tokens": SPEED_TOKENS, "min_new_tokens": SPEED_TOKENS, "batch_size": batch_size}
         speed = generate(model, tokenizer, prompts, **options).tokens_per_second
     return summed_up(
