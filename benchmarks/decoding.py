@@ -97,8 +97,8 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"The merged model against the adapter with expert {args.expert} forced: {parity}."]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "decoding.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output_dir / "decoding.md").write_text("\n".join(lines) + "\n")
+    (args.output_dir / f"decoding-{args.dtype}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output_dir / f"decoding-{args.dtype}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
