@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import hub_rows
@@ -221,3 +222,57 @@ def test_the_commands_of_the_lm_eval_guide_run_as_written(tmp_path):
         block = block.replace("mine-tasks/tasks", "other-tasks")
         run([sys.executable, "-c", f"import os\nos.environ |= {settings!r}\n{block}"], home)
     assert "arc_easy" in out and (home / "runs/mine-tasks/tasks/comparison.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_monitor_and_plan_guides_run_as_written(home):
+    monitor = [b.replace("runs/mine", "runs/watched") for b in blocks("docs/guides/monitor.md", "bash")]
+    out = run(["bash", "-euo", "pipefail", "-c", START + "".join(monitor)], home)
+    assert len(monitor) == 3 and "completed" in out and (home / "runs/watched.html").is_file()
+    (block,) = blocks("docs/guides/monitor.md", "python")
+    assert "completed 20" in run([sys.executable, "-c", block.replace("runs/mine", "runs/watched")], home)
+    first, second = blocks("docs/guides/plan.md", "bash")
+    second = second.replace("docs/examples", f"{ROOT}/docs/examples")
+    out = run(
+        ["bash", "-euo", "pipefail", "-c", START + first.replace("path M", "path $MODEL") + second], home
+    )
+    assert "LoRA" in out and "ministral-3-14b" in out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_blocks_of_the_peft_guide_run_as_written(tmp_path, monkeypatch):
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from srde import SrdeConfig
+
+    monkeypatch.chdir(tmp_path)
+    save_tiny("M", num_hidden_layers=20)
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained("M")
+
+    def adapted():
+        return get_peft_model(fresh(), SrdeConfig())
+
+    adapted().save_pretrained("out/math")
+    ids = torch.arange(5, 25).view(2, 10)
+    given = {
+        "batches": [{"input_ids": ids, "labels": ids}],
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "data": Dataset.from_dict({"text": ["yes no 1 2 3"] * 8}),
+    }
+    here = 'SFTConfig(output_dir="out", use_cpu=True, max_steps=1, report_to="none")'
+    parts = [b.replace('SFTConfig(output_dir="out")', here) for b in blocks("docs/guides/peft.md", "python")]
+    assert len(parts) == 9
+    for part in parts:
+        if "merge_and_unload" in part:
+            for line in part.splitlines():
+                exec(line, given | {"model": adapted()})
+        elif "load_adapter(" in part or "record()" in part:
+            exec(part, given | {"model": adapted()})
+        else:
+            given["base"] = fresh()
+            exec(part, given)

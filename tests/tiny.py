@@ -66,12 +66,11 @@ def tiny_tokenizer(chat_template=CHAT_TEMPLATE):
     )
 
 
-def save_tiny(folder, model_type="llama", chat_template=CHAT_TEMPLATE):
+def save_tiny(folder, model_type="llama", chat_template=CHAT_TEMPLATE, **settings):
     """A tiny model with its tokenizer, as a folder that can be named with --model_name_or_path."""
     tokenizer = tiny_tokenizer(chat_template)
-    model = tiny(
-        model_type, vocab_size=VOCABULARY, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048
-    )
+    settings = {"eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 2048} | settings
+    model = tiny(model_type, vocab_size=VOCABULARY, **settings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
