@@ -20,6 +20,7 @@ MODULES = (
     "core.neuron",
     "core.layout",
     "core.routed",
+    "core.lone",
     "tuner.names",
     "tuner.auto",
     "tuner.fingerprint",

@@ -268,6 +268,16 @@ class Routing:
             forced = forced.repeat_interleave(tokens // len(forced))
         return forced.reshape(-1).to(x.device)
 
+    @property
+    def is_steered(self) -> bool:
+        """Whether tokens are told their experts, or layers their way of computing."""
+        return self._forced is not None or self.path is not None
+
+    @property
+    def listens(self) -> bool:
+        """Whether somebody records what is routed."""
+        return bool(self._records)
+
     def note(self, layer: str, adapter: str, route: Route, delta: Delta, router: Router) -> None:
         """Called by each layer with each route, and whose it is."""
         measured = self.measure(delta, router) if self.measure is not None and delta.training else {}

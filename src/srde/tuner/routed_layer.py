@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from srde.core.delta import Delta
 from srde.core.layout import MlpLayout, try_layout
+from srde.core.lone import LoneToken, lone_route, lone_token
 from srde.core.routed import DELTAS, contract, expand, routed_mlp
 from srde.core.router import Route, Router
 from srde.errors import UnsupportedModelError, UsageError
@@ -54,6 +55,7 @@ class RoutedLayer(StandsFor):
         self.layout = layout
         self.routing = routing
         self._unset: dict[str, str] = {}
+        self._lone: LoneToken | None = None
         self._disable_adapters = False
 
     def put_experts(
@@ -125,12 +127,47 @@ class RoutedLayer(StandsFor):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters:
             return self.base_layer(x, *args, **kwargs)
+        if x.numel() == self.layout.hidden_size and (y := self._alone(x)) is not None:
+            return y
         with self.in_memory():
             experts = self.route(x)
             if not experts:
                 return self.base_layer(x, *args, **kwargs)
             self.try_layout()
             return routed_mlp(self.base_layer, self.layout, x, experts, self.routing.path)
+
+    def _alone(self, x: Tensor) -> Tensor | None:
+        """The output for a single token on the short way of `srde.core.lone`; None where it is not to be gone."""
+        routing = self.routing
+        if (
+            torch.is_grad_enabled()
+            or not x.is_cpu
+            or x.dtype is torch.float64
+            or routing.is_steered
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+            or len(adapters := self.active_adapters) != 1
+            or self._unset
+        ):
+            return None
+        delta, router = (
+            self.srde_experts._modules.get(adapters[0]),
+            self.srde_router._modules.get(adapters[0]),
+        )
+        if not isinstance(delta, Delta) or not isinstance(router, Router) or router.locked:
+            return None
+        lone = self._lone
+        if lone is None or not lone.fits(delta, router):
+            self._lone = lone = lone_token(self.base_layer, self.layout, delta, router)
+            if lone is None:
+                return None
+        y, slots, shares, logits_S = lone.run(x, router.temperature)
+        if routing.listens:
+            routing.note(self.name, adapters[0], lone_route(router, slots, shares, logits_S), delta, router)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lone": None}  # a copy has tensors of its own
 
     def in_memory(self) -> AbstractContextManager[None]:
         """Brings deltas and routers here while the context is open, where Accelerate has offloaded them: it does that in hooks
