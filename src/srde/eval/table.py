@@ -50,9 +50,10 @@ def result_table(
 
     title = "Held-out rows: base → srde (difference ± half of its 95 % interval)" if base else "Held-out rows"
     table = Table(title=title)
-    table.add_column("domain", overflow="fold")
+    shown = [*experts.domains, *(["general text"] if experts.general else [])]
+    table.add_column("domain", min_width=min(max(map(len, shown)), 12), overflow="fold")
     for name in ("scored", "accuracy, %", "loss, nats per token"):  # the names give way, the figures do not
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")  # narrow terminals break these, at their spaces
 
     def add(
         name: str, mine: Result, other: Result | None, change: Difference | None, style: str = ""
